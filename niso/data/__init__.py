@@ -1,0 +1,1 @@
+"""Bytes to host batches; numpy and grain, never jax."""

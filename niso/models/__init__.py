@@ -1,0 +1,1 @@
+"""Networks as nnx modules: they know shapes, neither losses nor data."""
