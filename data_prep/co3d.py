@@ -1,0 +1,230 @@
+"""CO3Dv2 to records: python -m data_prep.co3d --root CO3D_ROOT --out RECORDS
+
+Chooses sequences by quality (or from a published list), crops every frame to its centre square, resizes it once, and
+stores it as JPEG with an OpenCV camera-to-world pose and pixel intrinsics.  The unit of work is a shard: a run that was
+killed continues with the shards that are not finished, and a deleted or truncated shard is made again, byte for byte.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from data_prep import co3d_shard, co3d_source, pool
+from data_prep.co3d_source import Selected
+from niso.data import records
+from niso.errors import UserError
+
+DATASET = "co3d"
+_SEQUENCES_PER_SHARD = 8
+_MOST_SHARDS = 1024
+
+# Shard file name -> the sequences it is to hold, in order.
+Plan = dict[str, tuple[Selected, ...]]
+
+
+def prepare(
+    root: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    categories: Sequence[str] | None = None,
+    top_quantile: float = 0.75,
+    splits: str | os.PathLike[str] | None = None,
+    test_fraction: float = 0.1,
+    size: int = 144,
+    workers: int = 1,
+    shards: int | None = None,
+    progress: bool = True,
+) -> records.Manifest:
+    """Makes what is missing of the records of a CO3Dv2 folder; returns their manifest.
+
+    Args:
+        root: the CO3Dv2 folder, one folder per category in it.
+        out: the folder of records; made if it does not exist.
+        categories: the categories to read, all found by default; qualities are pooled over these.
+        top_quantile: keep the sequences at or above this quantile of viewpoint quality, in [0, 1].
+        splits: JSON file {train|test: {category: [names]}} that replaces the choice by quality.
+        test_fraction: the part of every category's kept sequences that is test data, in (0, 1).
+        size: side of the stored square images in pixels.
+        workers: processes; one means this one.
+        shards: files per split, at most one per sequence; by default one per 8 sequences, at most 1024.
+        progress: print progress (stderr) and the summary (stdout).
+
+    Raises:
+        UserError: see the message.
+    """
+    _check(top_quantile, test_fraction, size, workers, shards)
+    root, out = pathlib.Path(root), pathlib.Path(out)
+    names = co3d_source.find_categories(root, categories)
+    scores = co3d_source.read_scores(root, names)
+    if splits is not None:
+        chosen = co3d_source.splits_from_list(pathlib.Path(splits), scores, root, partial=categories is not None)
+        dropped: dict[str, int] = {}
+    else:
+        chosen, dropped = co3d_source.select(scores, top_quantile, test_fraction)
+    options = {
+        "categories": sorted(set(categories)) if categories else None,
+        "top_quantile": None if splits is not None else top_quantile,
+        "test_fraction": None if splits is not None else test_fraction,
+        "splits": None if splits is None else pathlib.Path(splits).name,
+        "size": size,
+        "shards": shards,
+        "source": _fingerprint(root, chosen),
+    }
+    _claim(out, options)
+    plan = {split: _plan(split, sequences, shards) for split, sequences in chosen.items()}
+    pending = {file: part for of_split in plan.values() for file, part in of_split.items()
+               if co3d_shard.finished(out, file) is None}
+    complete = all((out / name).exists() for name in ["manifest.json", *(f"index-{split}.json" for split in plan)])
+    if complete and not pending:
+        if progress:
+            print(f"{out}: nothing to do, the records are complete")
+        return records.Manifest.read(out)
+    bar = pool.Progress(len(pending))
+    for part in pool.run(co3d_shard.build, _jobs(root, out, size, pending), workers):
+        if progress:
+            bar.add(part.shard.records)
+    return _finish(out, plan, options, dropped, progress)
+
+
+def _check(top_quantile: float, test_fraction: float, size: int, workers: int, shards: int | None) -> None:
+    """Refuses numbers that mean nothing."""
+    for name, value, good, rule in (
+        ("top_quantile", top_quantile, 0 <= top_quantile <= 1, "between 0 and 1"),
+        ("test_fraction", test_fraction, 0 < test_fraction < 1, "above 0 and below 1"),
+        ("size", size, size >= 1, "at least 1"),
+        ("workers", workers, workers >= 1, "at least 1"),
+        ("shards", shards, shards is None or 1 <= shards <= 99_999, "between 1 and 99999"),
+    ):
+        if not good:
+            raise UserError(f"--{name} is {value}, it must be {rule}")
+
+
+def _fingerprint(root: pathlib.Path, chosen: co3d_source.Splits) -> str:
+    """Changes when other sequences are chosen or the annotations of their frames do (judged by the files' sizes)."""
+    categories = sorted({sequence.category for sequences in chosen.values() for sequence in sequences})
+    try:
+        sizes = [(root / category / "frame_annotations.jgz").stat().st_size for category in categories]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}; download the category again") from error
+    what = [sizes, {split: [dataclasses.astuple(s) for s in sequences] for split, sequences in chosen.items()}]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def _claim(out: pathlib.Path, options: dict[str, Any]) -> None:
+    """Notes the options in a new folder; refuses a folder that was begun with others."""
+    path = out / "parts" / "options.json"
+    if not path.exists():
+        if (out / "manifest.json").exists():
+            raise UserError(f"{out} holds records that were not made by this program: choose another --out")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another --out") from error
+        records.write_json(path, options)
+        return
+    before = records.read_json(path)
+    differing = [f"{name} {before.get(name)} then, {value} now" for name, value in options.items()
+                 if before.get(name) != value and name != "source"]
+    if not differing and before.get("source") != options["source"]:
+        differing = ["other sequences are chosen, or the annotations of CO3D_ROOT or the list of splits have changed"]
+    if differing:
+        raise UserError(f"{out} was begun with other options ({'; '.join(differing)}): use the same, or another --out")
+
+
+def _plan(split: str, sequences: Sequence[Selected], shards: int | None) -> Plan:
+    """The sequences in even, consecutive parts, one per shard."""
+    total = len(sequences)
+    count = min(total, shards or min(_MOST_SHARDS, -(-total // _SEQUENCES_PER_SHARD)))
+    edges = [total * i // count for i in range(count + 1)]
+    return {f"{split}-{i:05d}-of-{count:05d}.array_record": tuple(sequences[edges[i] : edges[i + 1]])
+            for i in range(count)}
+
+
+def _jobs(root: pathlib.Path, out: pathlib.Path, size: int, pending: Plan) -> Iterator[co3d_shard.Job]:
+    """The jobs as the categories are read, one after the other; a shard waits for the last category it needs."""
+    wanted: dict[str, set[str]] = collections.defaultdict(set)
+    for sequences in pending.values():
+        for sequence in sequences:
+            wanted[sequence.category].add(sequence.name)
+    waiting = dict(pending)
+    gathered: dict[str, list[tuple[Selected, tuple[co3d_source.Frame, ...]]]] = collections.defaultdict(list)
+    for category in sorted(wanted):
+        frames = co3d_source.read_frames(root, category, wanted[category])
+        for file, sequences in list(waiting.items()):
+            gathered[file] += [(s, tuple(frames[s.name])) for s in sequences if s.category == category]
+            if len(gathered[file]) == len(sequences):
+                del waiting[file]
+                yield co3d_shard.Job(str(root), str(out), file, size, tuple(gathered.pop(file)))
+
+
+def _finish(
+    out: pathlib.Path, plan: dict[str, Plan], options: dict[str, Any], dropped: dict[str, int], progress: bool
+) -> records.Manifest:
+    """Writes the indices and, last of all, the manifest; removes what killed runs left half-written."""
+    left_out = collections.Counter(dropped)
+    splits, kept = {}, {}
+    for split, files in plan.items():
+        parts = [part for file in files if (part := co3d_shard.finished(out, file))]
+        if len(parts) < len(files):
+            raise UserError(f"{out}: shards vanished while they were made: run the same command again")
+        splits[split] = tuple(part.shard for part in parts)
+        kept[split] = [sequence for part in parts for sequence in part.sequences]
+        for part in parts:
+            left_out.update(part.left_out)
+    if progress:
+        _summarise(kept, left_out)
+    for split, sequences in kept.items():
+        if not sequences:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+            raise UserError(f"no usable sequence in split {split} (left out: {reasons}): are the images complete?")
+        records.write_index(out, split, sequences)
+    for stale in (*out.glob(".*.tmp-*"), *out.glob("parts/.*.tmp-*")):
+        stale.unlink(missing_ok=True)
+    manifest = records.Manifest(records.FORMAT, DATASET, options["size"], options, splits, dict(left_out))
+    manifest.write(out)
+    return manifest
+
+
+def _summarise(kept: dict[str, list[records.Sequence]], left_out: dict[str, int]) -> None:
+    for split, sequences in kept.items():
+        frames = sum(sequence.length for sequence in sequences)
+        categories = len({sequence.category for sequence in sequences})
+        print(f"{split}: {len(sequences)} sequences of {categories} categories, {frames} frames")
+    for reason, count in sorted(left_out.items()):
+        if count:
+            print(f"left out: {count} {reason}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line; returns the exit code: 0, 2 after a message to the user, 130 after Ctrl-C."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.co3d", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--root", required=True, help="CO3Dv2 folder, one folder per category in it")
+    parser.add_argument("--out", required=True, help="folder for the records")
+    parser.add_argument("--categories", nargs="+", help="read only these; qualities are pooled over them")
+    choice = parser.add_mutually_exclusive_group()
+    choice.add_argument("--top_quantile", type=float, default=0.75, help="keep this quality quantile and above (0.75)")
+    choice.add_argument("--splits", help="JSON file {train|test: {category: [sequence names]}} to use instead")
+    parser.add_argument("--test_fraction", type=float, default=0.1, help="test part of every category (0.1)")
+    parser.add_argument("--size", type=int, default=144, help="side of the stored images in pixels (144)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
+    parser.add_argument("--shards", type=int, help="files per split (one per 8 sequences, at most 1024)")
+    try:
+        prepare(**vars(parser.parse_args(argv)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again, finished shards are kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""One shard of CO3Dv2 frames: source images to records, and the note that says it is done.
+
+`parts/<shard>.json` is written after the shard has its final name, so a shard with a note of its size is complete.
+"""
+
+import collections
+import dataclasses
+import io
+import math
+import pathlib
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from data_prep.co3d_source import Frame, Selected
+from niso.data import records
+from niso.errors import UserError
+from niso.geometry import camera
+
+JPEG_QUALITY = 95
+_TRANSPOSING = (5, 6, 7, 8)  # values of the EXIF orientation tag that exchange height and width
+_ORIENTATION = 0x0112
+# What Pillow raises on broken files.
+_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One shard to make: its file name in the folder `out`, and its sequences with their annotated frames."""
+
+    root: str
+    out: str
+    file: str
+    size: int
+    sequences: tuple[tuple[Selected, tuple[Frame, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A finished shard: its manifest entry, its sequences, and what was left out per reason."""
+
+    shard: records.Shard
+    sequences: tuple[records.Sequence, ...]
+    left_out: dict[str, int]
+
+
+class UnusableFrameError(Exception):
+    """Why a frame is not stored: the reason as it is counted."""
+
+
+def _note(out: str | pathlib.Path, file: str) -> pathlib.Path:
+    return pathlib.Path(out, "parts", f"{file}.json")
+
+
+def finished(out: str | pathlib.Path, file: str) -> Part | None:
+    """The part if the shard is complete: its note exists and its size is the one noted."""
+    note, shard = _note(out, file), pathlib.Path(out, file)
+    if not note.exists() or not shard.exists():
+        return None
+    value = records.read_json(note)
+    try:
+        part = Part(
+            records.Shard(**value["shard"]),
+            tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
+            value["left_out"],
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
+    return part if shard.stat().st_size == part.shard.bytes else None
+
+
+def build(job: Job) -> Part:
+    """Makes the shard and its note; depends on nothing but the job and the images, so a second run gives equal bytes.
+
+    Sequences keep the job's order; one with fewer than two usable frames is left out (it has no motion).  Holds the
+    encoded frames of one sequence and one full-size image at a time.
+    """
+    left_out: collections.Counter[str] = collections.Counter()
+    sequences = []
+    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+        for selected, frames in job.sequences:
+            encoded = []
+            for frame in frames:
+                try:
+                    example = make_example(pathlib.Path(job.root), frame, job.size)
+                except UnusableFrameError as reason:
+                    left_out[str(reason)] += 1
+                else:
+                    encoded.append(records.encode(example, records.FRAME))
+            if len(encoded) < 2:
+                left_out["sequences with fewer than 2 usable frames"] += 1
+                continue
+            sequences.append(
+                records.Sequence(
+                    selected.name, selected.category, job.file, writer.count, len(encoded), selected.quality
+                )
+            )
+            for data in encoded:
+                writer.write(data)
+    shard = records.describe_shard(pathlib.Path(job.out, job.file), writer.count)
+    part = Part(shard, tuple(sequences), dict(left_out))
+    records.write_json(_note(job.out, job.file), dataclasses.asdict(part))
+    return part
+
+
+def make_example(root: pathlib.Path, frame: Frame, size: int) -> records.Example:
+    """The record of one frame: size x size JPEG, OpenCV camera-to-world pose, intrinsics in pixels of that JPEG.
+
+    Raises:
+        UnusableFrameError: the frame has no usable pose or image.
+    """
+    pose_4x4, intrinsics_3x3 = _cameras(frame, size)
+    image = _load_square(root / frame.path, frame, size)
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return {
+        "image_jpeg": buffer.getvalue(),
+        "camera_to_world_4x4": pose_4x4,
+        "intrinsics_3x3": intrinsics_3x3,
+        "frame_number": np.asarray(frame.number, np.int64),
+    }
+
+
+def _cameras(frame: Frame, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Pose (4, 4) and intrinsics (3, 3) of the stored image."""
+    view: dict[str, Any] | None = frame.viewpoint
+    if view is None:
+        raise UnusableFrameError("frames without viewpoint")
+    try:
+        pose_4x4 = camera.camera_to_world_from_pytorch3d(view["R"], view["T"])
+        intrinsics_3x3 = camera.intrinsics_from_ndc(
+            view["focal_length"], view["principal_point"], frame.height, frame.width, view.get("intrinsics_format")
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"viewpoint of {frame.path} is malformed ({error}): is this CO3D version 2?") from error
+    if not (np.isfinite(pose_4x4).all() and np.isfinite(intrinsics_3x3).all()):
+        raise UnusableFrameError("frames with non-finite pose or intrinsics")
+    return pose_4x4, camera.crop_and_resize_intrinsics(intrinsics_3x3, frame.height, frame.width, size)
+
+
+def _load_square(path: pathlib.Path, frame: Frame, size: int) -> Image.Image:
+    """The centre square of the image file, resized to size x size, in RGB."""
+    try:
+        with Image.open(path) as image:
+            return _resize_square(_oriented(image, frame, size), frame, size)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise UnusableFrameError("frames with missing image") from error
+    except _UNREADABLE as error:
+        # A number comes from the operating system (permission, a lost network disk): dropping frames for that would
+        # make the records depend on the day.  Pillow's own complaints about a file's content have none.
+        if isinstance(error, OSError) and error.errno is not None:
+            raise UserError(f"cannot read {path}: {error.strerror}; run again when it can be read") from error
+        raise UnusableFrameError("frames with unreadable image") from error
+
+
+def _oriented(image: Image.Image, frame: Frame, size: int) -> Image.Image:
+    """The decoded image, upright as annotated; may be decoded at 1/2, 1/4 or 1/8 of the file's resolution.
+
+    The cameras belong to an image of the annotated size.  A file of that size is taken as stored, whatever its EXIF
+    orientation says; one of the exchanged size is turned if that tag says so; every other size is another image.
+    JPEG files are decoded at reduced resolution (inverse DCT of the low frequencies) as long as at least twice `size`
+    remains: against the full decode that is 54 dB PSNR on 1000 x 1778 photographs at 144, where storing as JPEG
+    quality 95 leaves 38 dB, and takes half the time.  Without that margin it is 49 dB, and not done.
+    """
+    annotated = (frame.width, frame.height)
+    turn = image.size != annotated
+    if turn and (image.size != annotated[::-1] or image.getexif().get(_ORIENTATION) not in _TRANSPOSING):
+        raise UnusableFrameError("frames with image of another size than annotated")
+    reduction = math.floor(min(annotated) / (2 * size))
+    if reduction >= 2:
+        image.draft("RGB", (image.width // reduction, image.height // reduction))
+    return ImageOps.exif_transpose(image) if turn else image
+
+
+def _resize_square(image: Image.Image, frame: Frame, size: int) -> Image.Image:
+    """Lanczos on the centre square, without an intermediate crop; Pillow clips and rounds to uint8."""
+    # Pillow decodes at 1/k to ceil(width / k) columns, the last of which may be part padding: the scale is 1/k exactly.
+    scale = 1 / round(frame.width / image.width)
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    left, top, right, bottom = (edge * scale for edge in camera.centre_square(frame.height, frame.width))
+    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))

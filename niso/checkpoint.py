@@ -1,0 +1,178 @@
+"""Checkpoints: resume, warm start, save, preemption. The only file that touches the checkpoint folder, and orbax.
+
+A checkpoint is the TrainState and the resolved config; its step is the position in the data stream. It is written
+asynchronously under a temporary name and renamed when complete, so a kill at any moment leaves only whole checkpoints.
+"""
+
+import json
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax import Array
+from orbax.checkpoint import args as ocp_args
+
+from niso import __version__, config, tree
+from niso.errors import UserError
+from niso.step import Program, TrainState
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run, in `workdir`/checkpoints.
+
+    Raises:
+      UserError: the folder cannot be written.
+    """
+
+    def __init__(self, workdir: str, keep: int):
+        self.folder = Path(workdir).absolute() / FOLDER
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if not os.access(self.folder, os.W_OK):
+                raise PermissionError(f"no permission to write in {self.folder}")
+        except OSError as error:
+            raise UserError(f"cannot write the run's folder {workdir}: {error}; choose another with --workdir") from None
+        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        self._terminated = False
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self._on_sigterm)
+
+    def latest(self) -> int | None:
+        """Step of the newest checkpoint, None where there is none."""
+        return self.manager.latest_step()
+
+    def check_config(self, resolved: dict[str, Any], accept_changes: bool) -> None:
+        """Raises UserError, with the differences, where the newest checkpoint was made under another config."""
+        step = self.latest()
+        if step is None or accept_changes:
+            return
+        meta = self.manager.restore(step, args=ocp_args.Composite(meta=ocp_args.JsonRestore()))["meta"]
+        changes = config.difference(meta["config"], resolved)
+        if changes:
+            raise UserError(
+                f"{self.folder.parent} holds a run with another config ({'; '.join(changes)}): choose another --workdir, "
+                "or resume under the new config with --accept_config_changes"
+            )
+
+    def restore(self, program: Program) -> TrainState:
+        """The newest checkpoint's state, on the program's mesh whatever mesh it was saved from, bit for bit."""
+        step = self.latest()
+        wanted = _structs(program)
+        saved = self.manager.item_metadata(step)["state"]
+        _check_shapes(_shapes(wanted), _shapes(saved.tree if hasattr(saved, "tree") else saved), f"{self.folder}/{step}")
+        restored = self.manager.restore(step, args=ocp_args.Composite(state=ocp_args.StandardRestore(wanted)))
+        return restored["state"]
+
+    def save(self, step: int, state: TrainState, resolved: dict[str, Any]) -> None:
+        """Starts writing the state after `step` updates; returns once it is copied from the devices."""
+        meta = {"config": _jsonable(resolved), "niso": __version__}
+        try:
+            self.manager.save(
+                step, args=ocp_args.Composite(state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)), force=True
+            )
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+
+    def preempted(self, step: int) -> bool:
+        """Whether the machine is being taken away: true on all hosts at one agreed step."""
+        if jax.process_count() > 1:
+            return self.manager.reached_preemption(step)
+        return self._terminated
+
+    def close(self) -> None:
+        """Waits for what is being written."""
+        try:
+            self.manager.wait_until_finished()
+        except (OSError, ValueError) as error:
+            raise self._failed(error) from error
+        finally:
+            self.manager.close()
+
+    def _failed(self, error: Exception) -> UserError:
+        reason = str(error).splitlines()[0][:300]
+        return UserError(
+            f"cannot write a checkpoint in {self.folder}: {reason}; the last one is step {self.latest()}: free disk space and "
+            "run the same command again to go on from there"
+        )
+
+    def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
+        self._terminated = True
+
+
+def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str, Array]:
+    """Parameters by path that finished runs provide: for each (pattern, run directory), those whose path matches.
+
+    Raises:
+      UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape.
+    """
+    taken: dict[str, Array] = {}
+    for pattern, run in spec:
+        folder = Path(run).absolute() / FOLDER
+        steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
+        if not steps:
+            raise UserError(f"task.warm_start: no checkpoint in {folder}; train that run first")
+        path = folder / str(max(steps)) / "state"
+        with ocp.PyTreeCheckpointer() as reader:
+            saved = _flat_params(reader.metadata(path).item_metadata.tree)
+            wanted = {n: s for n, s in program.parameter_shapes.items() if tree.match(pattern, n)}
+            if not wanted:
+                raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
+            _check_shapes({n: s.shape for n, s in wanted.items()}, {n: tuple(s.shape) for n, (s, _) in saved.items()}, str(path))
+            item: dict[str, dict] = {}
+            for name in wanted:
+                item.setdefault(saved[name][1], {})[name] = jax.ShapeDtypeStruct(
+                    wanted[name].shape, wanted[name].dtype, sharding=program.parameter_sharding[name]
+                )
+            args = ocp_args.PyTreeRestore(
+                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
+            )
+            restored = reader.restore(path, args=args)
+        for part in restored.values():
+            taken |= part
+    return taken
+
+
+def write_config(workdir: str, resolved: dict[str, Any]) -> None:
+    """The resolved config as `workdir`/config.json, replaced in one move."""
+    path = Path(workdir) / "config.json"
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(_jsonable(resolved), indent=2) + "\n")
+    temporary.replace(path)
+
+
+def _jsonable(resolved: dict[str, Any]) -> dict[str, Any]:
+    return json.loads(json.dumps(resolved))
+
+
+def _structs(program: Program) -> TrainState:
+    return jax.tree.map(
+        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+        program.state_shapes, program.state_sharding,
+    )  # fmt: skip
+
+
+def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _flat_params(saved: Any) -> dict[str, tuple[Any, str]]:
+    """Path -> (metadata, "params" or "frozen")."""
+    return {name: (leaf, part) for part in ("params", "frozen") for name, leaf in (saved.get(part) or {}).items()}
+
+
+def _check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str) -> None:
+    """Raises UserError naming the first leaf that differs: orbax itself would print a thousand lines."""
+    for name, shape in wanted.items():
+        if saved.get(name) != tuple(shape):
+            raise UserError(
+                f"{where} does not fit this model: {name} is {saved.get(name, 'absent')} there and {tuple(shape)} here; "
+                "use the config that it was made with"
+            )

@@ -1,0 +1,289 @@
+"""Records on disk: the schema of a frame, shards, their index and manifest, and random access to them.
+
+A folder of records holds, per split, shards `train-00000-of-00012.array_record` and `index-train.json` (where each
+sequence lies), and one `manifest.json`, written last: without it the folder is unfinished.  A record is one frame as a
+serialised tf.train.Example (niso/data/example.py).  Files appear under their final name only when they are complete.
+"""
+
+import collections
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import resource
+import threading
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from array_record.python import array_record_module
+
+from niso.data.example import Example, Field, Schema, Value, decode, encode
+from niso.errors import UserError
+
+__all__ = [
+    "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
+    "describe_shard", "encode", "read_index", "read_json", "temporary", "write_index", "write_json",
+]
+
+FORMAT = 1
+# group_size:1 reads one record in 10 us (140 us at 64); the payload is JPEG, so compression only costs time.
+_WRITER_OPTIONS = "group_size:1,uncompressed"
+# No read-ahead and a small buffer: a record is a few kB, and hundreds of shards are open at once.
+_FEWEST_OPEN = 16
+_READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+_MAKE = "make them with: python -m data_prep.co3d --root CO3D_ROOT --out"
+_REPAIR = "delete that file and run the data preparation again, it makes only what is missing"
+
+# One frame of a posed video: OpenCV camera-to-world (world units arbitrary per sequence), intrinsics in pixels of the
+# stored square image.
+FRAME: Schema = {
+    "image_jpeg": Field("bytes", None),
+    "camera_to_world_4x4": Field("float64", (4, 4)),
+    "intrinsics_3x3": Field("float64", (3, 3)),
+    "frame_number": Field("int64", ()),
+}
+
+
+def temporary(path: pathlib.Path) -> pathlib.Path:
+    """The name a file has while it is being written: hidden, beside its final place, one per process."""
+    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes the file whole or not at all (temporary name, flush to disk, rename); UserError when it cannot."""
+    path = pathlib.Path(path)
+    scratch = temporary(path)
+    try:
+        with open(scratch, "w", encoding="utf-8") as file:
+            json.dump(value, file, indent=1, sort_keys=True, allow_nan=False)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+    except OSError as error:
+        scratch.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
+
+
+class ShardWriter:
+    """Context manager that writes one shard under a temporary name and renames it on a clean exit.
+
+    On an exception the temporary file is removed; a killed process leaves it, and nothing ever reads it.
+    `count` is the number of records written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]):
+        self.path = pathlib.Path(path)
+        self.count = 0
+        self._scratch = temporary(self.path)
+
+    def __enter__(self) -> "ShardWriter":
+        self._writer = self._guard(array_record_module.ArrayRecordWriter, str(self._scratch), _WRITER_OPTIONS)
+        return self
+
+    def write(self, data: bytes) -> None:
+        """Appends one record; UserError when the file cannot be written (disk full, no permission)."""
+        self._guard(self._writer.write, data)
+        self.count += 1
+
+    def __exit__(self, kind: Any, value: Any, trace: Any) -> None:
+        try:
+            if kind is None:
+                self._guard(self._writer.close)
+                with open(self._scratch, "rb") as file:
+                    os.fsync(file.fileno())
+                os.replace(self._scratch, self.path)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        finally:
+            del self._writer
+            self._scratch.unlink(missing_ok=True)
+
+    def _guard(self, call: Any, *arguments: Any) -> Any:
+        """call(*arguments), with array_record's RuntimeError as a UserError."""
+        try:
+            return call(*arguments)
+        except RuntimeError as error:
+            reason = str(error).split(";")[0]
+            message_ = f"cannot write {self.path}: {reason}; free some space or choose another --out"
+            raise UserError(message_) from error
+
+
+@dataclasses.dataclass(frozen=True)
+class Sequence:
+    """One posed video: records start .. start + length - 1 of a shard, in the order of their frame numbers."""
+
+    name: str
+    category: str
+    shard: str
+    start: int
+    length: int
+    quality: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """One file of records, its size in bytes and its SHA-256 in hexadecimal."""
+
+    file: str
+    records: int
+    bytes: int
+    sha256: str
+
+
+def describe_shard(path: str | os.PathLike[str], records: int) -> Shard:
+    """The manifest's entry for a finished file."""
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return Shard(pathlib.Path(path).name, records, os.stat(path).st_size, digest)
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished folder of records holds.
+
+    `size` is the side of the stored images in pixels, `options` what the preparation was asked for, `splits` the shards
+    of each split in order, `left_out` how many frames, sequences or categories were dropped, per reason.
+    """
+
+    format: int
+    dataset: str
+    size: int
+    options: dict[str, Any]
+    splits: dict[str, tuple[Shard, ...]]
+    left_out: dict[str, int]
+
+    def write(self, root: str | os.PathLike[str]) -> None:
+        """Writes root/manifest.json, whole or not at all."""
+        write_json(pathlib.Path(root, "manifest.json"), dataclasses.asdict(self))
+
+    @classmethod
+    def read(cls, root: str | os.PathLike[str]) -> "Manifest":
+        """The manifest of a finished folder; UserError when it is missing, malformed or of another format."""
+        path = pathlib.Path(root, "manifest.json")
+        if not path.exists():
+            raise UserError(f"no finished records in {root} (no manifest.json); {_MAKE} {root}")
+        value = read_json(path)
+        try:
+            if value["format"] != FORMAT:
+                raise UserError(
+                    f"{path} has format {value['format']}, this niso reads format {FORMAT}: "
+                    f"use a niso of the same version or another folder; {_MAKE} FOLDER"
+                )
+            splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in value["splits"].items()}
+            return cls(**(value | {"splits": splits}))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path} is not a manifest of records ({error!r}); {_REPAIR}") from error
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The parsed file; UserError when it cannot be read or is not JSON."""
+    try:
+        return json.loads(pathlib.Path(path).read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error}); {_REPAIR}") from error
+
+
+def _index_path(root: str | os.PathLike[str], split: str) -> pathlib.Path:
+    return pathlib.Path(root, f"index-{split}.json")
+
+
+def write_index(root: str | os.PathLike[str], split: str, sequences: Seq[Sequence]) -> None:
+    """Writes root/index-<split>.json, whole or not at all."""
+    write_json(_index_path(root, split), [dataclasses.asdict(sequence) for sequence in sequences])
+
+
+def read_index(root: str | os.PathLike[str], split: str) -> tuple[Sequence, ...]:
+    """The sequences of a split in the order they were written; UserError when missing or malformed."""
+    path = _index_path(root, split)
+    entries = read_json(path)
+    try:
+        if not isinstance(entries, list):
+            raise TypeError(f"a list is expected, not {type(entries).__name__}")
+        return tuple(Sequence(**entry) for entry in entries)
+    except TypeError as error:
+        raise UserError(f"{path} is not an index of records ({error}); {_REPAIR}") from error
+
+
+class Reader:
+    """Random access to one split; may be pickled (to a worker process) and shared between threads.
+
+    Files are opened when they are first read, at most half as many as the process may hold open; the least recently
+    read one is closed when its last reader is done.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], split: str, schema: Schema):
+        self.root = pathlib.Path(root)
+        self.split = split
+        self.schema = schema
+        self.manifest = Manifest.read(root)
+        if split not in self.manifest.splits:
+            raise UserError(f"{root} has no split {split!r}, only {', '.join(sorted(self.manifest.splits))}")
+        self._shards = {shard.file: shard for shard in self.manifest.splits[split]}
+        self.sequences = read_index(root, split)
+        for sequence in self.sequences:
+            shard = self._shards.get(sequence.shard)
+            if shard is None or sequence.start < 0 or sequence.start + sequence.length > shard.records:
+                path = _index_path(root, split)
+                raise UserError(f"{path} does not fit the manifest at sequence {sequence.name}; {_REPAIR}")
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._open_files: collections.OrderedDict[str, Any] = collections.OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_open_files")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def read(self, shard: str, records: Seq[int]) -> list[Example]:
+        """The records with these numbers (0 is the first of the shard), in this order; reads no others.
+
+        Raises:
+            UserError: the shard is missing, truncated or damaged.
+            IndexError: no such record: a defect of the caller.
+        """
+        numbers = [int(number) for number in records]
+        count = self._shards[shard].records
+        if not all(0 <= number < count for number in numbers):
+            raise IndexError(f"{shard} has records 0 .. {count - 1}, asked for {numbers}")
+        file = self._file(shard)
+        return [self._decode(shard, file, number) for number in numbers]
+
+    def _decode(self, shard: str, file: Any, number: int) -> Example:
+        try:
+            return decode(file.read([number])[0], self.schema)
+        except (RuntimeError, ValueError) as error:  # array_record's errors name no file
+            raise UserError(f"{self.root / shard}: record {number} is damaged ({error}); {_REPAIR}") from error
+
+    def _file(self, shard: str) -> Any:
+        """The open shard; two threads that miss at once are served one after the other."""
+        with self._lock:
+            if shard not in self._open_files:
+                self._open_files[shard] = self._open(self._shards[shard])
+                most = max(_FEWEST_OPEN, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+                while len(self._open_files) > most:
+                    self._open_files.popitem(last=False)
+            self._open_files.move_to_end(shard)
+            return self._open_files[shard]
+
+    def _open(self, shard: Shard) -> Any:
+        path = self.root / shard.file
+        if not path.exists():
+            raise UserError(f"{path} is missing; run the data preparation again, it makes only what is missing")
+        size = path.stat().st_size
+        if size != shard.bytes:
+            raise UserError(f"{path} is truncated or foreign: {size} bytes, the manifest says {shard.bytes}; {_REPAIR}")
+        try:
+            file = array_record_module.ArrayRecordReader(str(path), **_READER_OPTIONS)
+            records = file.num_records()  # array_record opens some damaged files and finds nothing in them
+        except RuntimeError as error:
+            raise UserError(f"{path} cannot be opened ({error}); {_REPAIR}") from error
+        if records != shard.records:
+            raise UserError(f"{path} has {records} records, the manifest says {shard.records}; {_REPAIR}")
+        return file

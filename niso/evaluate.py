@@ -1,0 +1,24 @@
+"""Exact means over a whole split, on any number of devices and hosts."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from niso import metrics, sharding
+from niso.errors import UserError
+from niso.step import Program, TrainState
+
+
+def evaluate(program: Program, state: TrainState, batches: Iterator[dict[str, np.ndarray]]) -> dict[str, float]:
+    """Name -> mean over every example of the split, each counted once (padding has weight 0).
+
+    Totals and counts add up on the devices and are divided once, so the result does not depend on the batch size.
+    """
+    total = None
+    for index, batch in enumerate(batches):
+        placed = sharding.place_batch(program.batch_sharding, batch, program.experiment.batch)
+        measured = program.evaluate(state, placed, index)
+        total = measured if total is None else metrics.add(total, measured)
+    if total is None:
+        raise UserError("the test split is empty: nothing to evaluate")
+    return metrics.values(total)

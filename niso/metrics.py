@@ -1,0 +1,43 @@
+"""Reductions as (total, count) pairs: they add over examples, batches, devices and hosts, and are divided once."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean not yet taken: the weighted sum of a quantity and the sum of the weights, both scalars, float32."""
+
+    total: Array
+    count: Array
+
+    @staticmethod
+    def of(value_B: Array, weight_B: Array) -> "Mean":
+        """The weighted mean of one value per example; examples of weight 0 (padding) count for nothing, NaN included."""
+        counted_B = jnp.where(weight_B > 0, value_B * weight_B, 0.0)
+        return Mean(jnp.sum(counted_B, dtype=jnp.float32), jnp.sum(weight_B, dtype=jnp.float32))
+
+    def __add__(self, other: "Mean") -> "Mean":
+        return Mean(self.total + other.total, self.count + other.count)
+
+    def value(self) -> float:
+        """The mean, NaN for an empty one."""
+        return float(self.total) / float(self.count) if float(self.count) else float("nan")
+
+
+Metrics = dict[str, Mean]
+
+
+def add(a: Metrics, b: Metrics) -> Metrics:
+    """The metrics of both sets of examples together; both have the same names."""
+    return {name: a[name] + b[name] for name in a}
+
+
+def values(metrics: Metrics) -> dict[str, float]:
+    """Name -> mean, on the host; names that counted nothing (a frame skip that no pair has) are left out."""
+    fetched = jax.device_get(metrics)
+    return {name: mean.value() for name, mean in sorted(fetched.items()) if float(mean.count)}

@@ -1,0 +1,145 @@
+"""The mesh, and where every array lives on it.
+
+Axes: `data` (examples) and `space` (rows of images, of latent grids and of the eigenfunctions). Axis types are Auto: the compiler
+propagates shardings from the inputs; only batched solves are split by hand, because TPU compilers gather their batches.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from niso import tree
+from niso.errors import UserError
+from niso.tasks.base import Rules
+
+AXES = ("data", "space")
+# Mesh axis of the dimensions that an array's name announces: frames_BxTxHxWxC is split by examples and by image rows.
+AXIS_OF_DIMENSION = {"B": "data", "H": "space"}
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshShape:
+    """`data` x `space` devices; data −1 takes all that are left. `zero`: optimiser state is split over `data` too."""
+
+    data: int
+    space: int
+    zero: bool
+
+
+def make_mesh(shape: MeshShape) -> Mesh:
+    """The mesh over all devices of all hosts.
+
+    Raises:
+      UserError: the axes do not multiply to the number of devices.
+    """
+    devices = jax.device_count()
+    data = devices // shape.space if shape.data == -1 else shape.data
+    if data * shape.space != devices or shape.space < 1:
+        raise UserError(
+            f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {devices} device(s) here; "
+            "leave mesh.data=-1 and choose a mesh.space that divides them"
+        )
+    return jax.make_mesh((data, shape.space), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
+    """Raises UserError where a (micro-)batch cannot be split evenly over `data`."""
+    parts = mesh.shape["data"] * accumulate
+    if batch % parts:
+        raise UserError(
+            f"batch={batch} cannot be split over mesh.data={mesh.shape['data']} x optimizer.accumulate={accumulate}; "
+            f"choose a multiple of {parts}"
+        )
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh: Mesh, names: dict[str, Any]) -> dict[str, NamedSharding]:
+    """One sharding per batch array, read off the shape suffix of its name."""
+    specs = {name: PartitionSpec(*map(AXIS_OF_DIMENSION.get, name.rpartition("_")[2].split("x"))) for name in names}
+    return {name: NamedSharding(mesh, spec) for name, spec in specs.items()}
+
+
+def parameter_sharding(mesh: Mesh, rules: Rules, params: dict[str, Any]) -> dict[str, NamedSharding]:
+    """One sharding per parameter: the first rule whose pattern matches its path.
+
+    Raises:
+      UserError: a parameter without a rule, a rule without a parameter, a dimension that its axis does not divide.
+    """
+    chosen = {name: next((rule for rule in rules if tree.match(rule[0], name)), None) for name in params}
+    bare = [name for name, rule in chosen.items() if rule is None]
+    idle = [rule[0] for rule in rules if rule not in chosen.values()]
+    if bare or idle:
+        raise UserError(
+            f"sharding rules: no rule for {', '.join(bare) or 'none'}; no parameter for {', '.join(idle) or 'none'}; "
+            "edit the task's rules()"
+        )
+    shardings = {}
+    for name, rule in chosen.items():
+        assert rule is not None
+        spec = PartitionSpec(*rule[1])
+        for size, axis in zip(params[name].shape, rule[1], strict=False):
+            if axis is not None and size % mesh.shape[axis]:
+                raise UserError(f"{name} has {size} rows, which mesh.{axis}={mesh.shape[axis]} does not divide")
+        shardings[name] = NamedSharding(mesh, spec)
+    return shardings
+
+
+def optimizer_sharding(mesh: Mesh, params: dict[str, NamedSharding], opt_state: Any, zero: bool) -> Any:
+    """Moments live where their parameter does, or, with `zero`, additionally split over `data` along the first dimension
+    that it divides; scalars are replicated."""
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        sharding = params.get(tree.leaf_name(path))
+        if sharding is None or not leaf.shape:
+            return replicated(mesh)
+        spec = list(sharding.spec) + [None] * (len(leaf.shape) - len(sharding.spec))
+        if zero:
+            free = [i for i, axis in enumerate(spec) if axis is None and leaf.shape[i] % mesh.shape["data"] == 0]
+            if free:
+                spec[free[0]] = "data"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree_util.tree_map_with_path(place, opt_state)
+
+
+def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
+    """`solve` on a batch of matrices, the batch split over all mesh axes (over `data` alone, or not at all, where it does
+    not divide: the few examples of a figure).
+
+    Kept to the solve itself, with gradients taken outside: inside a larger shard_map some combinations of replicated and
+    split values are silently wrong by the size of an axis.
+    """
+
+    def split(x_BxRxK: Array, **options: Any) -> Array:
+        axes = next((a for a in (AXES, ("data",)) if x_BxRxK.shape[0] % math.prod(mesh.shape[n] for n in a) == 0), ())
+        spec = PartitionSpec(axes)
+        run = jax.shard_map(
+            lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+        )
+        return run(x_BxRxK)
+
+    return split
+
+
+def host_rows(mesh: Mesh, batch: int) -> list[int]:
+    """Rows of the global batch that this process's devices hold, ascending."""
+    sharding = NamedSharding(mesh, PartitionSpec("data"))
+    indices = sharding.addressable_devices_indices_map((batch,)).values()
+    return sorted({row for (rows,) in indices for row in range(batch)[rows]})
+
+
+def place_batch(shardings: dict[str, NamedSharding], batch: dict[str, np.ndarray], rows: int) -> dict[str, Array]:
+    """This host's rows of a batch as global arrays of `rows` examples."""
+    return {
+        name: jax.make_array_from_process_local_data(shardings[name], value, (rows, *value.shape[1:]))
+        for name, value in batch.items()
+    }

@@ -1,0 +1,77 @@
+"""What every task offers the trainer, and how one is found by its name."""
+
+import dataclasses
+import importlib
+from typing import Any
+
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from niso.errors import UserError
+from niso.geometry.polar import polar_factor
+from niso.geometry.spectrum import Procrustes
+from niso.metrics import Metrics
+
+Batch = dict[str, Array]
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+    """One thing that can be optimised. Pure: it knows neither config nor mesh nor step nor disk.
+
+    Fields common to all tasks:
+      trainable: regular expression over parameter paths; the others are frozen: no gradient, no moments, no decay.
+      warm_start: ((regular expression over parameter paths, run directory), ...): parameters taken from finished runs.
+      procrustes: κ of eq. 8, set by the trainer to one whose batch is split over the mesh.
+    """
+
+    trainable: str
+    warm_start: tuple[tuple[str, str], ...]
+    procrustes: Procrustes = dataclasses.field(default=polar_factor, compare=False)
+
+    def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
+        """The model at initialisation."""
+        raise NotImplementedError
+
+    def loss(self, model: Any, batch: Batch) -> tuple[Array, Metrics]:
+        """(scalar to minimise, metrics of the same batch)."""
+        raise NotImplementedError
+
+    def rules(self) -> Rules:
+        """Sharding table: (regular expression over parameter paths, mesh axis of each dimension); first match wins."""
+        raise NotImplementedError
+
+    def draw(self, batch: Batch, key: Array) -> Batch:
+        """The batch with this step's random choices made: a function of the key only. No choices by default."""
+        return batch
+
+    def evaluate(self, model: Any, batch: Batch) -> Metrics:
+        """Metrics of a held-out batch; examples with `weight_B` 0 are padding."""
+        return self.loss(model, batch)[1]
+
+    def inspect(self, model: Any, batch: Batch) -> dict[str, Array]:
+        """Arrays to look at (jitted); one-dimensional ones become histograms, all go to `figures`."""
+        return {}
+
+    def figures(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """What `inspect` returned, drawn on the host: title -> H x W x 3 uint8."""
+        return {}
+
+    def summary(self, metrics: dict[str, float]) -> list[str]:
+        """Lines that tell a person what these evaluation metrics say."""
+        return [f"{name} {value:.4g}" for name, value in metrics.items()]
+
+
+def load(name: str) -> type[Task]:
+    """The task class of `niso/tasks/<name>.py`: the class named like the file, in capitals.
+
+    Raises:
+      UserError: no such file.
+    """
+    try:
+        module = importlib.import_module(f"niso.tasks.{name}")
+        return getattr(module, "".join(part.capitalize() for part in name.split("_")))
+    except (ModuleNotFoundError, AttributeError) as error:
+        raise UserError(f"task.name={name!r}: there is no task of that name in niso/tasks ({error})") from None

@@ -1,0 +1,21 @@
+"""Eight virtual CPU devices for every test: set before a backend starts."""
+
+import niso  # noqa: F401, I001  (first: it sets OPENBLAS_NUM_THREADS)
+import jax
+import pytest
+from jax.sharding import Mesh
+
+from niso.sharding import MeshShape, make_mesh
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+
+
+def mesh_of(data: int, space: int = 1) -> Mesh:
+    """A mesh over the first data x space of the eight devices."""
+    devices = jax.devices()[: data * space]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jax, "device_count", lambda: len(devices))
+        make = jax.make_mesh
+        patch.setattr(jax, "make_mesh", lambda *args, **options: make(*args, devices=devices, **options))
+        return make_mesh(MeshShape(data, space, False))
