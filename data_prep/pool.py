@@ -30,7 +30,12 @@ def run(function: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator
         waiting: set[concurrent.futures.Future[R]] = set()
         try:
             for job in jobs:
-                waiting.add(pool.submit(function, job))
+                # Workers are spawned here and inherit the mask: until they have their handler Ctrl-C waits for them.
+                signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+                try:
+                    waiting.add(pool.submit(function, job))
+                finally:
+                    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
                 while len(waiting) > workers:  # one job in reserve, so that no worker waits for the next to be drawn
                     done, waiting = concurrent.futures.wait(waiting, return_when=concurrent.futures.FIRST_COMPLETED)
                     yield from (future.result() for future in done)
@@ -50,6 +55,7 @@ def _follow_parent() -> None:
     Ctrl-C reaches workers too: they leave at once and in silence, the parent says what there is to say.
     """
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
     parent = multiprocessing.parent_process()
 
     def watch() -> None:

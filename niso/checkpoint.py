@@ -7,6 +7,7 @@ asynchronously under a temporary name and renamed when complete, so a kill at an
 import json
 import os
 import signal
+from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -41,8 +42,9 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._terminated = False
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self._on_sigterm)
+        self._previous_handler: Any = None
+        if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
+            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
@@ -66,7 +68,8 @@ class Checkpoints:
         step = self.latest()
         wanted = _structs(program)
         saved = self.manager.item_metadata(step)["state"]
-        _check_shapes(_shapes(wanted), _shapes(saved.tree if hasattr(saved, "tree") else saved), f"{self.folder}/{step}")
+        here, there = _shapes(wanted), _shapes(saved.tree if hasattr(saved, "tree") else saved)
+        _check_shapes(here, there, f"{self.folder}/{step}", sorted(there.keys() - here.keys()))
         restored = self.manager.restore(step, args=ocp_args.Composite(state=ocp_args.StandardRestore(wanted)))
         return restored["state"]
 
@@ -94,6 +97,9 @@ class Checkpoints:
             raise self._failed(error) from error
         finally:
             self.manager.close()
+            if self._previous_handler is not None:
+                signal.signal(signal.SIGTERM, self._previous_handler)
+                self._previous_handler = None
 
     def _failed(self, error: Exception) -> UserError:
         reason = str(error).splitlines()[0][:300]
@@ -143,8 +149,11 @@ def write_config(workdir: str, resolved: dict[str, Any]) -> None:
     """The resolved config as `workdir`/config.json, replaced in one move."""
     path = Path(workdir) / "config.json"
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(_jsonable(resolved), indent=2) + "\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(json.dumps(_jsonable(resolved), indent=2) + "\n")
+        temporary.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room there, then run the same command again") from None
 
 
 def _jsonable(resolved: dict[str, Any]) -> dict[str, Any]:
@@ -168,11 +177,11 @@ def _flat_params(saved: Any) -> dict[str, tuple[Any, str]]:
     return {name: (leaf, part) for part in ("params", "frozen") for name, leaf in (saved.get(part) or {}).items()}
 
 
-def _check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str) -> None:
+def _check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str, surplus: Sequence[str] = ()) -> None:
     """Raises UserError naming the first leaf that differs: orbax itself would print a thousand lines."""
-    for name, shape in wanted.items():
-        if saved.get(name) != tuple(shape):
+    for name in (*wanted, *surplus):
+        here, there = wanted.get(name, "absent"), saved.get(name, "absent")
+        if here != there:
             raise UserError(
-                f"{where} does not fit this model: {name} is {saved.get(name, 'absent')} there and {tuple(shape)} here; "
-                "use the config that it was made with"
+                f"{where} does not fit this model: {name} is {there} there and {here} here; use the config that it was made with"
             )

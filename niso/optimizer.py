@@ -43,9 +43,9 @@ class Optimizer:
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """The optax chain for a run of `steps` updates."""
-        clip = [optax.clip_by_global_norm(self.clip)] if self.clip else []
+        # Without clipping an identity stands in its place, so that a run can be resumed with clipping switched on.
         return optax.chain(
-            *clip,
+            optax.clip_by_global_norm(self.clip) if self.clip else optax.identity(),
             optax.scale_by_adam(self.b1, self.b2),
             optax.add_decayed_weights(
                 self.weight_decay, mask=lambda params: {name: tree.match(self.decay, name) for name in params}

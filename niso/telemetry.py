@@ -225,6 +225,13 @@ class Telemetry:
         if self._active:
             print(line, flush=True)
 
+    def flush(self) -> None:
+        """Waits until everything reported so far is in the files."""
+        if self._active:
+            self._events.flush()
+            self._lines.flush()
+            self._check()
+
     def close(self) -> None:
         """Ends an open profiler window and waits until everything is on disk; calling it again does nothing."""
         if not self._active:

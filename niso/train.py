@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from niso import checkpoint, evaluate, figures, metrics, sharding, tree
 from niso.checkpoint import Checkpoints
@@ -31,15 +33,17 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         checkpoints.check_config(experiment.resolved, accept_changes)
-        if checkpoints.latest() == experiment.steps:
-            print(f"{workdir}: this run is finished ({experiment.steps} steps); see it with: tensorboard --logdir {workdir}")
+        primary = jax.process_index() == 0
+        done = checkpoints.latest() or 0
+        if done >= experiment.steps:
+            if primary:
+                print(f"{workdir}: this run is finished ({done} steps); see it with: tensorboard --logdir {workdir}")
             return 0
         mesh = sharding.make_mesh(experiment.mesh)
         sharding.check_batch(mesh, experiment.batch, experiment.optimizer.accumulate)
         dataset = open_dataset(experiment.data)
         program = Program(experiment, mesh, dataset.batch_shapes(experiment.batch))
         state, start = _begin(program, checkpoints)
-        primary = jax.process_index() == 0
         if primary:
             checkpoint.write_config(workdir, experiment.resolved)
         telemetry = stack.enter_context(
@@ -62,9 +66,11 @@ class _Loop:
         self.program, self.dataset, self.checkpoints, self.telemetry = program, dataset, checkpoints, telemetry
         self.workdir = workdir
         self.rows = sharding.host_rows(program.mesh, self.experiment.batch)
+        self.sound = 0  # the last step known to be finite
 
     def run(self, state: TrainState, start: int) -> int:
         e = self.experiment
+        self.sound = start
         if start == 0:
             self._evaluate(0, state)
         stream = self.dataset.train_batches(batch=e.batch, seed=e.seed, start=start, steps=e.steps, rows=self.rows)
@@ -90,15 +96,17 @@ class _Loop:
                 leave = self.checkpoints.preempted(step)
                 evaluate_now = self._due(step, e.log.evaluate_every)
                 save_now = self._due(step, e.checkpoint.every) or leave
-                if pending and (evaluate_now or save_now):
-                    self._log(*pending)
-                    pending = None
+                if evaluate_now or save_now:
+                    if pending:
+                        self._log(*pending)
+                        pending = None
+                    self._check_finite(step, metrics.values(window), state)
                 if evaluate_now:
                     self._evaluate(step, state)
                 if save_now:
-                    self._finite(step, metrics.values(window))
+                    self.telemetry.flush()  # a checkpoint never knows of steps that metrics.jsonl does not
                     self.checkpoints.save(step, state, e.resolved)
-                if leave:
+                if leave and step < e.steps:
                     self.telemetry.say(f"asked to leave: step {step} is saved; the same command goes on from there")
                     return PREEMPTED
         self.telemetry.say(f"done: figures in {self.figure_folder(e.steps)}; tensorboard --logdir {self.workdir}")
@@ -112,20 +120,24 @@ class _Loop:
 
     def _log(self, step: int, window: Metrics) -> None:
         values = metrics.values(window)
-        self._finite(step, values)
+        self._check_finite(step, values)
         rate = {"learning_rate": self.program.learning_rate(step)}
         self.telemetry.scalars(step, {f"train/{name}": value for name, value in (values | rate).items()})
         self.telemetry.progress(step, {name: value for name, value in values.items() if name != "gradient_norm"})
 
-    def _finite(self, step: int, values: dict[str, float]) -> None:
+    def _check_finite(self, step: int, values: dict[str, float], state: TrainState | None = None) -> None:
+        """Stops the run if a metric, or anything in the state about to be used or saved, is not a finite number."""
         broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if not broken and state is not None and not _all_finite(state):
+            broken = ["parameters or optimiser state"]
         if broken:
-            every = self.experiment.log.every
+            latest = self.checkpoints.latest()
+            newest = "there is no checkpoint yet" if latest is None else f"the newest checkpoint is step {latest}"
             raise UserError(
-                f"{', '.join(broken)} not finite in steps {(step - 1) // every * every + 1} to {step}; nothing of them was saved, "
-                f"the newest checkpoint is step {self.checkpoints.latest()}: lower optimizer.peak, set optimizer.clip=1.0 "
-                "or a task.ridge of 1e-4, then resume with --accept_config_changes"
+                f"{', '.join(broken)} not finite in steps {self.sound + 1} to {step}; nothing of them was saved, {newest}: "
+                "lower optimizer.peak, set optimizer.clip=1.0 or a task.ridge of 1e-4, then resume with --accept_config_changes"
             )
+        self.sound = step
 
     def _evaluate(self, step: int, state: TrainState) -> None:
         e = self.experiment
@@ -153,6 +165,13 @@ class _Loop:
                 figures.save(folder / f"{name}.png", image)
         except OSError as error:
             raise UserError(f"cannot write figures in {folder}: {error}; make room there, then resume") from None
+
+
+@jax.jit
+def _all_finite(state: TrainState) -> Array:
+    """Whether every floating-point number of the state is finite: a finite loss says nothing of the update after it."""
+    numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))
 
 
 def _begin(program: Program, checkpoints: Checkpoints) -> tuple[TrainState, int]:

@@ -10,7 +10,7 @@ SIZE = 16
 EVERYTHING = {"top_quantile": 0.0, "test_fraction": 0.34, "size": SIZE, "shards": 3, "progress": False}
 
 
-def frame(root, category, name, number, rng, *, height=41, width=30, suffix=None):
+def make_frame(root, category, name, number, rng, *, height=41, width=30, suffix=None):
     """One frame annotation with its image: random noise, a random rotation, both intrinsics formats."""
     path = f"{category}/{name}/images/frame{number + 1 if suffix is None else suffix:06d}.jpg"
     (root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ def make_tree(root):
     rng = np.random.default_rng(0)
     for category in ("apple", "bench"):
         names = [f"{n}_{100 + n}_{200 + n}" for n in range(6)]
-        frames = [frame(root, category, name, number, rng) for name in names for number in range(5)]
+        frames = [make_frame(root, category, name, number, rng) for name in names for number in range(5)]
         rng.shuffle(frames)
         write_annotations(root, category, frames, dict(zip(names, rng.uniform(0, 2, 6).tolist(), strict=True)))
     return root

@@ -12,7 +12,7 @@ from data_prep import co3d, co3d_shard, co3d_source
 from niso.data import records
 from niso.errors import UserError
 from niso.geometry import camera
-from tests.co3d_tree import EVERYTHING, SIZE, frame, make_tree, read_annotations, write_annotations
+from tests.co3d_tree import EVERYTHING, SIZE, make_frame, make_tree, read_annotations, write_annotations
 
 _FOX = pathlib.Path(__file__).parents[2] / "shared" / "data" / "fox_co3d"
 
@@ -158,10 +158,10 @@ def _spoil(root, frames):
 
 def test_what_is_unusable_is_left_out_and_counted(tmp_path, capsys):
     rng = np.random.default_rng(2)
-    frames = [frame(tmp_path, "cup", "1_1_1", n, rng, suffix=3 * n + 7) for n in range(12)]
+    frames = [make_frame(tmp_path, "cup", "1_1_1", n, rng, suffix=99 - 3 * n) for n in range(12)]
     expected = _spoil(tmp_path, frames)
-    frames += [frame(tmp_path, "cup", "2_1_1", n, rng) for n in range(3)]
-    frames += [frame(tmp_path, "cup", "3_1_1", 0, rng)]  # one frame only; 4_1_1 and 5_1_1 have none at all
+    frames += [make_frame(tmp_path, "cup", "2_1_1", n, rng) for n in range(3)]
+    frames += [make_frame(tmp_path, "cup", "3_1_1", 0, rng)]  # one frame only; 4_1_1 and 5_1_1 have none at all
     scores = {f"{n}_1_1": 1.0 for n in range(1, 6)}
     write_annotations(tmp_path, "cup", frames, scores)
     (tmp_path / "list.json").write_text(json.dumps({"train": {"cup": list(scores)}, "test": {"cup": ["2_1_1"]}}))

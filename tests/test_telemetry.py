@@ -185,6 +185,18 @@ def test_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert (tmp_path / METRICS_FILE).read_text() == "", "speeds are no results"
 
 
+def test_time_spent_aside_is_not_training_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with Telemetry(tmp_path, steps=9, batch=1, clock=clock) as run:
+        for step in (1, 2, 3):
+            clock.now += 0.5
+            run.tick(step)
+            with run.aside():
+                clock.now += 100.0
+        run.progress(3, {})
+    assert "| 2.00 steps/s" in capsys.readouterr().out.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("seconds", "text"),
     [(0.4, "0 s"), (59.4, "59 s"), (59.9, "1 min 00 s"), (119, "1 min 59 s"), (3599.9, "1 h 00 min"), (2.5 * 86400, "2 d 12 h")],
@@ -237,6 +249,16 @@ def test_append_file_reports_the_first_failure() -> None:
     file.close()
 
 
+def test_append_file_reports_a_failure_to_close(tmp_path: Path) -> None:
+    file = AppendFile(tmp_path / "file")
+    file._file.close()
+    file._file = open("/dev/full", "wb")  # noqa: SIM115
+    file._file.write(b"x")  # as on a network file system, which may refuse what it has taken
+    file.close()
+    with pytest.raises(UserError, match="No space left"):
+        file.check()
+
+
 @pytest.mark.parametrize("workdir", ["file/below", "gs://bucket/run"])
 def test_unusable_workdir(tmp_path: Path, workdir: str) -> None:
     (tmp_path / "file").write_text("")
@@ -262,7 +284,7 @@ def test_profiler_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: 
     monkeypatch.setattr("clu.profiler.start", lambda logdir: calls.append(("start", step)))
     monkeypatch.setattr("clu.profiler.stop", lambda: calls.append(("stop", step)))
     with Telemetry(tmp_path, steps=9, batch=1, profile_steps=(3, 5)) as run:
-        for step in range(1, last + 1):  # noqa: B007  the lambdas see it
+        for step in range(1, last + 1):  # the lambdas see it
             run.tick(step)
     assert calls == [("start", 3), ("stop", stopped)], "the trace holds steps 4 and 5, and a run that ends early closes it"
 

@@ -1,0 +1,184 @@
+"""The pairwise task: its losses against NumPy float64, its ablations, and that it learns."""
+
+import dataclasses
+from typing import Any
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from niso import metrics, tree
+from niso.models.autoencoder import Decoder
+from niso.tasks.autoencode import Autoencode, Autoencoder
+from tests import tiny
+
+
+def task_and_model(**overrides: Any) -> tuple[Autoencode, Autoencoder]:
+    task = tiny.experiment(**overrides).task
+    assert isinstance(task, Autoencode)
+    return task, task.init_model(nnx.Rngs(params=0))
+
+
+def polar64(x: np.ndarray) -> np.ndarray:
+    u, _, vt = np.linalg.svd(x)
+    return u @ vt
+
+
+def test_losses_against_float64() -> None:
+    task, model = task_and_model()
+    batch = tiny.batch()
+    value, measured = task.loss(model, batch)
+    x = batch["frames_BxTxHxWxC"].astype(np.float64) / 127.5 - 1
+    z = np.stack([np.asarray(model.encoder(jnp.asarray(x[:, t], jnp.float32)), np.float64).reshape(8, 64, 8) for t in (0, 1)])
+    s = model.operator.maps().spectrum
+    basis, eigen, mass = (np.asarray(a, np.float64) for a in (s.basis_NxK, s.eigenvalue_K, s.mass_N))
+    a, b = np.einsum("nk,n,tbnc->tbkc", basis, mass, z)
+    mask = np.exp(-np.abs(eigen[:, None] - eigen))
+    tau = polar64(mask * np.einsum("bic,bjc->bij", b, a))
+    moved, back = tau @ a, tau.swapaxes(1, 2) @ b
+
+    def decode(c: np.ndarray) -> np.ndarray:
+        return np.asarray(model.decoder(jnp.asarray((basis @ c).reshape(8, 8, 8, 8), jnp.float32)), np.float64)
+
+    laplacian = np.diag(mask.sum(1)) - mask
+    expected = {
+        "reconstruction": np.abs(decode(moved) - x[:, 1]).mean() + np.abs(decode(back) - x[:, 0]).mean(),
+        "equivariance": np.abs(moved - b).mean(),
+        "multiplicity": np.sqrt((laplacian**2).sum() + 1e-8) / 8,
+    }
+    expected["loss"] = expected["reconstruction"] + 0.5 * expected["equivariance"] + 0.025 * expected["multiplicity"]
+    found = metrics.values(measured)
+    for name, number in expected.items():
+        assert found[name] == pytest.approx(number, rel=2e-4), name  # float32 through an SVD of condition ~1e3
+    assert float(value) == pytest.approx(found["loss"], rel=1e-6)
+    error = 100 * (((moved - b) ** 2).sum((1, 2)) / (b**2).sum((1, 2)))
+    evaluated = metrics.values(task.evaluate(model, batch))
+    assert evaluated["equivariance_error"] == pytest.approx(error.mean(), rel=1e-3)
+    assert evaluated["equivariance_error_skip_3"] == pytest.approx(error[batch["skip_B"] == 3].mean(), rel=1e-3)
+    assert "equivariance_error_skip_9" not in evaluated  # no such pair in the batch: not a number, and not a zero
+
+
+def test_padding_counts_for_nothing() -> None:
+    task, model = task_and_model()
+    whole = tiny.batch()
+    padded = {name: np.concatenate([value, value[:2]]) for name, value in whole.items()}
+    padded["frames_BxTxHxWxC"][8:] = 255
+    padded["weight_B"][8:] = 0
+    a, b = metrics.values(task.evaluate(model, whole)), metrics.values(task.evaluate(model, padded))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert b[name] == pytest.approx(a[name], rel=1e-5), name
+
+
+def test_only_the_two_latents_of_the_loss_are_decoded() -> None:
+    task, model = task_and_model()
+    decoded = []
+    call = Decoder.__call__
+
+    def count(self: Decoder, z_BxHxWxC: jax.Array) -> jax.Array:
+        decoded.append(z_BxHxWxC.shape[0])
+        return call(self, z_BxHxWxC)
+
+    with mock.patch.object(Decoder, "__call__", count):
+        task.loss(model, tiny.batch())
+        assert sum(decoded) == 2 * 8
+        task.inspect(model, tiny.batch())
+        assert sum(decoded) == 2 * 8 + 3 * 8  # figures also show the plain autoencoding
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"task__operator": False},
+        {"task__alpha": 0.0},
+        {"task__beta": 0.0},
+        {"task__group": "SO"},
+        {"task__eigenvalues": "clustered"},
+        {"task__rank": 64, "task__ridge": 1e-4},
+        {"task__both_directions": True},
+        {"task__dtype": "bfloat16"},
+        {"task__remat": True},
+    ],
+    ids=lambda o: next(iter(o)).removeprefix("task__"),
+)
+def test_variants_learn(overrides: dict[str, Any]) -> None:
+    p = tiny.program(**overrides)
+    state = p.init({})
+    before = float(metrics.values(p.evaluate(state, tiny.place(p, tiny.batch()), 0))["reconstruction"])
+    for _ in range(60):
+        state, window = p.train(state, tiny.place(p, tiny.batch()))
+    after = metrics.values(window)
+    assert all(np.isfinite(v) for v in after.values())
+    assert after["reconstruction"] < 0.75 * before
+    arrays = jax.device_get(p.inspect(state, tiny.batch()))
+    tau = arrays["tau_BxKxK"].astype(np.float64)
+    np.testing.assert_allclose(tau @ tau.swapaxes(1, 2), np.broadcast_to(np.eye(tau.shape[1]), tau.shape), atol=1e-5)
+    if overrides.get("task__group") == "SO":
+        np.testing.assert_allclose(np.linalg.det(tau), 1.0, atol=1e-4)
+    drawn = p.task.figures(arrays)
+    expected = {"reconstructions", "isometries"}
+    if overrides.get("task__operator", True):
+        expected |= {"eigenfunctions", "masses", "operator", "spectrum"}
+    assert set(drawn) == expected and all(image.dtype == np.uint8 for image in drawn.values())
+
+
+def test_terms_switched_off_do_not_reach_the_gradient() -> None:
+    batch = tiny.batch()
+
+    def gradient(**overrides: Any) -> dict[str, np.ndarray]:
+        task, model = task_and_model(**overrides)
+        graphdef, params = tree.flatten(model)
+        return jax.device_get(jax.grad(lambda p: task.loss(tree.merge(graphdef, p), batch)[0])(params))
+
+    both, no_e, no_m = gradient(), gradient(task__alpha=0.0), gradient(task__beta=0.0)
+    name = "operator/eigenvalue"
+    assert np.abs(both[name] - no_m[name]).max() > 1e-6 < np.abs(both[name] - no_e[name]).max()
+    np.testing.assert_allclose(both["encoder/stem/kernel"], no_m["encoder/stem/kernel"], atol=1e-7)  # L_M sees Λ alone
+    off = gradient(task__operator=False)
+    assert not any(n.startswith("operator") for n in off)
+
+
+def test_float32_where_it_matters_whatever_the_networks_compute_in() -> None:
+    task, model = task_and_model(task__dtype="bfloat16")
+    assert model.encoder(jnp.zeros((1, 16, 16, 3))).dtype == jnp.bfloat16
+    for name, leaf in tree.flatten(model)[1].items():
+        assert leaf.dtype == jnp.float32, name
+    pair = task._encode(model, tiny.batch())
+    assert pair.first_BxKxC.dtype == pair.tau_BxKxK.dtype == pair.maps.spectrum.basis_NxK.dtype == jnp.float32
+    # The same weights in bfloat16: losses move by bfloat16's rounding (2^-8) through a few layers, no more.
+    exact, _ = task_and_model()
+    a = float(dataclasses.replace(exact).loss(exact.init_model(nnx.Rngs(params=0)), tiny.batch())[0])
+    assert float(task.loss(model, tiny.batch())[0]) == pytest.approx(a, rel=0.03)
+
+
+def test_remat_changes_memory_not_numbers() -> None:
+    batch = tiny.batch()
+
+    def value_and_gradient(remat: bool) -> Any:
+        task, model = task_and_model(task__remat=remat)
+        graphdef, params = tree.flatten(model)
+        step = jax.jit(jax.value_and_grad(lambda p: task.loss(tree.merge(graphdef, p), batch)[0]))
+        return str(jax.make_jaxpr(step)(params)), step(params)
+
+    (plain_code, plain), (remat_code, remat) = value_and_gradient(False), value_and_gradient(True)
+    assert "remat" in remat_code or "checkpoint" in remat_code
+    assert "remat" not in plain_code and "checkpoint" not in plain_code
+    for a, b in zip(jax.tree.leaves(plain), jax.tree.leaves(remat), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+
+
+def test_published_sizes() -> None:
+    """Latent grid 36 x 36, d = k = 128, and the layers' shapes, by eval_shape: nothing is computed."""
+    from configs.pose_encode import get_config
+    from niso.config import Experiment
+
+    task = Experiment.from_config(get_config("paper")).task
+    assert isinstance(task, Autoencode) and task.edge == 36
+    params = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(params=0))))[1]
+    assert params["operator/basis"].shape == (1296, 128) and params["operator/eigenvalue"].shape == (128,)
+    assert params["encoder/stem/kernel"].shape == (3, 48) and params["encoder/head/kernel"].shape == (256, 128)
+    assert sum(name.endswith("conv1/kernel") for name in params) == 2 * 3 * 4
+    assert tree.count(params) == 16_044_883

@@ -1,0 +1,110 @@
+"""The table of shardings: a snapshot of every config's, its errors, and what the compiler makes of it."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from niso import sharding
+from niso.config import Experiment
+from niso.errors import UserError
+from niso.geometry.polar import polar_factor
+from niso.sharding import MeshShape
+from niso.step import Program
+from tests import tiny
+from tests.conftest import mesh_of
+from tests.test_polar import matrices
+
+SNAPSHOT = Path(__file__).with_name("shardings_pose_encode.txt")
+
+
+def table(p: Program) -> str:
+    """One line per array of state and batch: path, shape, axes."""
+    shapes = {"state": p.state_shapes, "batch": p.batch_shapes}
+    places = {"state": p.state_sharding, "batch": p.batch_sharding}
+    leaves = zip(jax.tree_util.tree_flatten_with_path(shapes)[0], jax.tree.leaves(places), strict=True)
+    rows = [(jax.tree_util.keystr(path, simple=True, separator="."), leaf, place) for (path, leaf), place in leaves]
+    return "".join(f"{name}  {tuple(leaf.shape)}  {tuple(place.spec)}\n" for name, leaf, place in rows)
+
+
+def test_snapshot() -> None:
+    """pose_encode `paper` on data 4 x space 2 with ZeRO: what lives where, as text."""
+    from configs.pose_encode import get_config
+
+    config = get_config("paper")
+    config.mesh.zero = True
+    e = Experiment.from_config(config)
+    found = table(Program(e, mesh_of(4, 2), tiny.shapes(e)))
+    assert found == SNAPSHOT.read_text(), (
+        f"shardings moved; if that was meant, write them anew: python -m tests.test_sharding > {SNAPSHOT.name}"
+    )
+
+
+def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
+    mesh, params = mesh_of(4, 2), {"a/w": jnp.zeros((8, 3)), "b/w": jnp.zeros(4)}
+    placed = sharding.parameter_sharding(mesh, (("a/.*", ("space", None)), (".*", ())), params)
+    assert placed["a/w"].spec == PartitionSpec("space", None) and placed["b/w"].spec == PartitionSpec()
+    with pytest.raises(UserError, match="no rule for b/w"):
+        sharding.parameter_sharding(mesh, (("a/.*", ()),), params)
+    with pytest.raises(UserError, match="no parameter for c"):
+        sharding.parameter_sharding(mesh, ((".*", ()), ("c", ())), params)
+    with pytest.raises(UserError, match=r"a/w has 8 rows.*data=3"):
+        sharding.parameter_sharding(mesh_of(3), ((".*", ("data",)),), params)
+
+
+def test_axes_are_read_off_names() -> None:
+    placed = sharding.batch_sharding(mesh_of(4, 2), ["frames_BxTxHxWxC", "weight_B"])  # type: ignore[arg-type]
+    assert placed["frames_BxTxHxWxC"].spec == PartitionSpec("data", None, "space", None, None)
+    assert placed["weight_B"].spec == PartitionSpec("data")
+
+
+def test_mesh_and_batch_must_fit() -> None:
+    assert dict(sharding.make_mesh(MeshShape(-1, 2, False)).shape) == {"data": 4, "space": 2}
+    for data, space in ((3, 2), (-1, 3), (16, 1)):
+        with pytest.raises(UserError, match="does not cover the 8 device"):
+            sharding.make_mesh(MeshShape(data, space, False))
+    with pytest.raises(UserError, match="multiple of 8"):
+        sharding.check_batch(mesh_of(4), 12, 2)
+
+
+@pytest.mark.parametrize("batch", [8, 4, 3])
+def test_sharded_solve_is_the_solve(batch: int) -> None:
+    mesh = mesh_of(4, 2)
+    split = sharding.sharded(polar_factor, mesh)
+    x = jnp.asarray(matrices("white", 6, batch))
+    cotangent = jax.random.normal(jax.random.key(0), x.shape)
+    for f in (split, jax.jit(split)):
+        np.testing.assert_allclose(f(x, special=True), polar_factor(x, special=True), atol=1e-5)
+    gradients = [jax.jit(jax.grad(lambda y, f=f: jnp.vdot(f(y), cotangent)))(x) for f in (split, polar_factor)]
+    np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_on_data_alone_gathers_nothing() -> None:
+    """Only reductions (gradients, metrics) cross devices on a pure data mesh. (CPU: TPU compilers gather more readily.)"""
+    p = tiny.program(8)
+    lowered = p.train.lower(p.state_shapes, p.batch_shapes)
+    text = lowered.compile().as_text()
+    found = set(re.findall(r"= \S+ (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)", text))
+    assert found == {"all-reduce"}
+
+
+def test_state_is_born_sharded() -> None:
+    p = tiny.program(2, 4, mesh__zero=True)
+    state = p.init({})
+    for leaf, place in zip(jax.tree.leaves(state), jax.tree.leaves(p.state_sharding), strict=True):
+        assert leaf.sharding.is_equivalent_to(place, leaf.ndim)
+    basis = state.params["operator/basis"]
+    assert {s.data.shape for s in basis.addressable_shards} == {(basis.shape[0] // 4, basis.shape[1])}
+
+
+if __name__ == "__main__":
+    from configs.pose_encode import get_config
+
+    paper = get_config("paper")
+    paper.mesh.zero = True
+    made = Experiment.from_config(paper)
+    print(table(Program(made, mesh_of(4, 2), tiny.shapes(made))), end="")
