@@ -90,7 +90,8 @@ def trace(scene: Scene, origin_3: np.ndarray, direction_3xP: np.ndarray) -> tupl
     high_3 = np.array([scene.half, scene.half, scene.height], np.float32)
     bound_3xP = np.where(direction_3xP > 0, (high_3 - origin_3)[:, None], (low_3 - origin_3)[:, None])
     with np.errstate(divide="ignore", invalid="ignore"):
-        exit_3xP = bound_3xP / direction_3xP
+        # A ray that is exactly parallel to a face never leaves by it.
+        exit_3xP = np.where(direction_3xP == 0, np.float32(np.inf), bound_3xP / direction_3xP)
     surface_P = -1 - np.argmin(exit_3xP, 0)
     reach_P = np.min(exit_3xP, 0)
     for index, primitive in enumerate(scene.primitives):

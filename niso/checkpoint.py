@@ -40,7 +40,9 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write the run's folder {workdir}: {error}; choose another with --workdir") from None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+        # Without handlers named here, a manager that has saved nothing yet cannot tell the shapes of what is there.
+        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
+        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         self._terminated = False
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
@@ -49,6 +51,11 @@ class Checkpoints:
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none."""
         return self.manager.latest_step()
+
+    def newest(self) -> str:
+        """The same, for a person who has to go on from there."""
+        step = self.latest()
+        return "there is no checkpoint yet" if step is None else f"the newest checkpoint is step {step}"
 
     def check_config(self, resolved: dict[str, Any], accept_changes: bool) -> None:
         """Raises UserError, with the differences, where the newest checkpoint was made under another config."""
@@ -104,8 +111,8 @@ class Checkpoints:
     def _failed(self, error: Exception) -> UserError:
         reason = str(error).splitlines()[0][:300]
         return UserError(
-            f"cannot write a checkpoint in {self.folder}: {reason}; the last one is step {self.latest()}: free disk space and "
-            "run the same command again to go on from there"
+            f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: free disk space and run "
+            "the same command again to go on from there"
         )
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:

@@ -131,11 +131,10 @@ class _Loop:
         if not broken and state is not None and not _all_finite(state):
             broken = ["parameters or optimiser state"]
         if broken:
-            latest = self.checkpoints.latest()
-            newest = "there is no checkpoint yet" if latest is None else f"the newest checkpoint is step {latest}"
             raise UserError(
-                f"{', '.join(broken)} not finite in steps {self.sound + 1} to {step}; nothing of them was saved, {newest}: "
-                "lower optimizer.peak, set optimizer.clip=1.0 or a task.ridge of 1e-4, then resume with --accept_config_changes"
+                f"{', '.join(broken)} not finite in steps {self.sound + 1} to {step}; nothing of them was saved, "
+                f"{self.checkpoints.newest()}: lower optimizer.peak, set optimizer.clip=1.0 or a task.ridge of 1e-4, "
+                "then resume with --accept_config_changes"
             )
         self.sound = step
 
@@ -190,8 +189,9 @@ def _introduce(telemetry: Telemetry, program: Program, dataset: PairDataset, sta
     telemetry.config(json.dumps(e.resolved, indent=2), hparams)
     cost = dataset.bytes_per_pair()
     telemetry.say(
-        f"{e.experiment}:{e.variant}: {tree.count(program.parameter_shapes):,} parameters on {mesh.size} {jax.default_backend()} "
-        f"device(s), mesh data {mesh.shape['data']} x space {mesh.shape['space']}; {'resuming at' if start else 'from'} step {start}"
+        f"{e.experiment}:{e.variant}: {tree.count(program.parameter_shapes):,} parameters on {mesh.size} "
+        f"{jax.default_backend()} device(s), mesh data {mesh.shape['data']} x space {mesh.shape['space']}; "
+        f"{'resuming at' if start else 'from'} step {start}"
     )
     telemetry.say(
         f"{dataset.train_size:,} training pairs, {dataset.test_size:,} test pairs; one pair reads {cost['disk'] / 1e3:.1f} kB and "

@@ -181,4 +181,23 @@ def test_published_sizes() -> None:
     assert params["operator/basis"].shape == (1296, 128) and params["operator/eigenvalue"].shape == (128,)
     assert params["encoder/stem/kernel"].shape == (3, 48) and params["encoder/head/kernel"].shape == (256, 128)
     assert sum(name.endswith("conv1/kernel") for name in params) == 2 * 3 * 4
-    assert tree.count(params) == 16_044_883
+
+    def block(i: int, f: int) -> int:
+        return 9 * i * f + 9 * f * f + i * f + 2 * i + 2 * f  # two convolutions, the skip, two norms
+
+    def net(inputs: int, widths: tuple[int, ...]) -> int:
+        pairs = [(i, f) for before, f in zip((inputs, *widths), widths, strict=False) for i in (before, f, f, f)]
+        return sum(block(i, f) for i, f in pairs) + 2 * widths[-1]
+
+    encoder = 4 * 48 + net(48, (64, 128, 256)) + 257 * 128
+    decoder = net(128, (256, 128, 64)) + 65 * 3
+    assert tree.count(params) == encoder + decoder + 1296 * 128 + 1296 + 128
+
+
+def test_no_gradient_is_rounding_noise() -> None:
+    """Adam would scale it up to full steps: parameters that the loss cannot see (biases before a norm) must not exist."""
+    task, model = task_and_model()
+    graphdef, params = tree.flatten(model)
+    gradients = jax.grad(lambda p: task.loss(tree.merge(graphdef, p), tiny.batch())[0])(params)
+    largest = {name: float(jnp.abs(g).max()) for name, g in gradients.items()}
+    assert min(largest.values()) > 1e-4 * max(largest.values()), min(largest, key=lambda name: largest[name])

@@ -1,5 +1,6 @@
 """The smallest pose_encode that still has every part: 16 x 16 frames, two levels, rank 8."""
 
+import functools
 from typing import Any
 
 import jax
@@ -40,7 +41,9 @@ def shapes(e: Experiment) -> dict[str, tuple[tuple[int, ...], Any]]:
     }
 
 
+@functools.cache
 def program(data: int = 1, space: int = 1, **overrides: Any) -> Program:
+    """Compiled once per session: a Program has no state."""
     e = experiment(**overrides)
     return Program(e, mesh_of(data, space), shapes(e))
 

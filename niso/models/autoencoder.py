@@ -17,14 +17,18 @@ def grid_norm(features: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.LayerNorm:
 
 
 class Block(nnx.Module):
-    """Residual block: twice (norm, SiLU, 3 x 3 convolution), beside a Dense skip; B x H x W x inputs -> B x H x W x features."""
+    """Residual block: twice (norm, SiLU, 3 x 3 convolution), beside a Dense skip; B x H x W x inputs -> B x H x W x features.
+
+    No biases: every path from here ends in a norm that takes the mean over the grid away, so their gradient would be rounding
+    noise, which Adam scales up to full-sized steps.
+    """
 
     def __init__(self, inputs: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = grid_norm(inputs, dtype, rngs)
-        self.conv1 = nnx.Conv(inputs, features, (3, 3), dtype=dtype, rngs=rngs)
+        self.conv1 = nnx.Conv(inputs, features, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
         self.norm2 = grid_norm(features, dtype, rngs)
-        self.conv2 = nnx.Conv(features, features, (3, 3), dtype=dtype, rngs=rngs)
-        self.skip = nnx.Linear(inputs, features, dtype=dtype, rngs=rngs)
+        self.conv2 = nnx.Conv(features, features, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.skip = nnx.Linear(inputs, features, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BxHxWxC: Array) -> Array:
         inner_BxHxWxC = self.conv1(jax.nn.silu(self.norm1(x_BxHxWxC)))
