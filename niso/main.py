@@ -44,8 +44,10 @@ def _join(coordinator: str | None, processes: int, process_id: int) -> None:
     # gloo announces every connection on file descriptor 1: what this program prints goes on to the real one.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    options = {"initialization_timeout": 60, "heartbeat_timeout_seconds": 10, "shutdown_timeout_seconds": 10}
-    jax.distributed.initialize(coordinator, processes, process_id, **options)
+    jax.distributed.initialize(
+        coordinator, processes, process_id,
+        initialization_timeout=60, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

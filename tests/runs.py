@@ -4,9 +4,9 @@
 
   kill=N         the process kills itself (SIGKILL) right after update N was sent off and earlier checkpoints are written
   kill_commit=N  ... in the moment in which the checkpoint of step N would get its final name
-  kill_delete=N  ... when half of the outdated checkpoint of step N is deleted
   term=N         it sends itself SIGTERM after update N, as a machine does that is taken away
   rows=FILE      FILE gets, for every batch, {row of the global batch: checksum} of the rows this process read
+  counts=FILE    FILE gets, for every read of metrics, [name, number of examples counted] of one of them
 """
 
 import atexit
@@ -32,13 +32,13 @@ REPOSITORY = pathlib.Path(__file__).parents[1]
 BATCH, STEPS, TEST_PAIRS = 16, 16, 18
 # Checkpoints at 5, 10, 15, 16; lines at 4, 8, 12, 16: no window of metrics but the last ends where a checkpoint is.
 TINY = {
-    "data.twin": "", "data.size": 8, "data.max_skip": 2, "data.test_skips": "(0, 2)", "data.prefetch": 2,
-    "task.widths": "(4,)", "task.latent_channels": 8, "task.rank": 8,
+    "data.twin": "", "data.size": 8, "data.max_skip": 2, "data.test_skips": (0, 2), "data.prefetch": 2,
+    "task.widths": (4,), "task.latent_channels": 8, "task.rank": 8,
     "batch": BATCH, "steps": STEPS, "optimizer.warmup": 4, "optimizer.weight_decay": 0.01,
     "log.every": 4, "log.evaluate_every": 8, "log.figures_every": 16, "log.figure_examples": 2,
     "checkpoint.every": 5, "checkpoint.keep": 9,
 }  # fmt: skip
-ON_EIGHT = {"optimizer.accumulate": 2, "mesh.zero": True}
+ON_EIGHT = {"optimizer.accumulate": 2, "mesh.zero": True, "log.profile_steps": (6, 8)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def start(
 
     Programs are compiled once per session and kept (`optimize`: neither kept nor compiled carelessly).
     """
-    overrides = TINY | {"data.records": tiny_records()} | {key.replace("__", "."): value for key, value in changes.items()}
+    overrides = TINY | {"data.records": tiny_records()} | {k.replace("__", "."): v for k, v in changes.items()}
     command = [sys.executable, "-m", "tests.runs", *hooks, "--", "--config=configs/pose_encode.py:quick", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()] + list(arguments)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -116,7 +116,8 @@ def run_pair(
 def unbroken(devices: int = 1) -> pathlib.Path:
     """The workdir of a run that nothing happened to, on 1 device (plain) or 8 (accumulating, optimiser state divided)."""
     workdir = folder() / f"unbroken-{devices}"
-    ended = run(workdir, hooks=[f"rows={folder()}/rows-{devices}"], devices=devices, **(ON_EIGHT if devices > 1 else {}))
+    hooks = [f"rows={workdir}-rows", f"counts={workdir}-counts"]
+    ended = run(workdir, hooks=hooks, devices=devices, **(ON_EIGHT if devices > 1 else {}))
     assert ended.code == 0, ended.err
     return workdir
 
@@ -149,13 +150,23 @@ def lines(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
+def program(data: int, space: int = 1, **changes: Any) -> Any:
+    """The tiny run's Program in this process, on some of its eight devices."""
+    from niso.step import Program
+    from tests import tiny
+    from tests.conftest import mesh_of
+
+    experiment = tiny.experiment(**{key.replace(".", "__"): value for key, value in TINY.items()} | changes)
+    return Program(experiment, mesh_of(data, space), tiny.shapes(experiment))
+
+
 def snapshot(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of everything below a folder."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in [workdir, *workdir.rglob("*")]}
 
 
 def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
-    from niso import sharding
+    from niso import metrics, sharding
     from niso.telemetry import Telemetry
 
     def die() -> NoReturn:
@@ -178,18 +189,6 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
         for function in ("rename", "replace"):
             move = getattr(os, function)
             setattr(os, function, lambda a, b, move=move, **o: die() if pathlib.Path(b).name == value else move(a, b, **o))
-    elif name == "kill_delete":
-        rmtree, unlink = shutil.rmtree, os.unlink
-
-        def half(path: Any, *options: Any, **more: Any) -> None:
-            if pathlib.Path(path).name != value:
-                return rmtree(path, *options, **more)
-            files = sorted(file for file in pathlib.Path(path).rglob("*") if file.is_file())
-            for file in files[::2]:
-                unlink(file)
-            die()
-
-        shutil.rmtree = half  # type: ignore[assignment]
     elif name == "rows":
         place = sharding.place_batch
 
@@ -200,7 +199,17 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
                 file.write(json.dumps(dict(zip(sharding.host_rows(mesh, size), sums, strict=True))) + "\n")
             return place(shardings, batch, size)
 
-        sharding.place_batch = record
+        sharding.place_batch = record  # type: ignore[assignment]
+    elif name == "counts":
+        read = metrics.values
+
+        def count(measured: metrics.Metrics) -> dict[str, float]:
+            found = "equivariance_error" if "equivariance_error" in measured else "loss"
+            with open(value, "a") as file:
+                file.write(json.dumps([found, float(measured[found].count)]) + "\n")
+            return read(measured)
+
+        metrics.values = count  # type: ignore[assignment]
     else:
         raise ValueError(name)
 
@@ -211,5 +220,6 @@ if __name__ == "__main__":
 
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     for hook in sys.argv[1:split]:
-        _install(*hook.split("=", 1), pathlib.Path(given["--workdir"]) / "checkpoints")
+        kind, _, what = hook.partition("=")
+        _install(kind, what, pathlib.Path(given["--workdir"]) / "checkpoints")
     sys.exit(main(["niso", *sys.argv[split + 1 :]]))
