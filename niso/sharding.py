@@ -134,7 +134,7 @@ def host_rows(mesh: Mesh, batch: int) -> list[int]:
     """Rows of the global batch that this process's devices hold, ascending."""
     sharding = NamedSharding(mesh, PartitionSpec("data"))
     indices = sharding.addressable_devices_indices_map((batch,)).values()
-    return sorted({row for (rows,) in indices for row in range(batch)[rows]})
+    return sorted({row for index in indices if index is not None for row in range(batch)[index[0]]})
 
 
 def place_batch(shardings: dict[str, NamedSharding], batch: dict[str, np.ndarray], rows: int) -> dict[str, Array]:

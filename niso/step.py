@@ -85,10 +85,12 @@ class Program:
         window = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
         return TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained), window)
 
-    def _place(self, state: TrainState) -> TrainState:
+    def _place(self, state: TrainState) -> Any:
+        """The state's shardings, as a TrainState of NamedShardings."""
         whole = sharding.replicated(self.mesh)
         placed = self.parameter_sharding
-        return TrainState(
+        kind: Any = TrainState  # of shardings instead of arrays
+        return kind(
             step=whole,
             params={name: placed[name] for name in state.params},
             frozen={name: placed[name] for name in state.frozen},

@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs.pose_encode import get_config
-from niso import main, tasks
+from niso import main, sharding, tasks
 from niso.config import SECTIONS, Experiment, difference, flat
 from niso.errors import UserError
 from niso.step import Program
@@ -106,6 +106,7 @@ def test_resolved_configs_survive_json(name: str) -> None:
 
 def test_difference() -> None:
     old = get_config("quick").to_dict()
+    old["task"] |= {"rank": 32, "widths": (16, 32)}
     assert difference(old, old) == []
     new = json.loads(json.dumps(old))
     new["task"]["rank"], new["task"]["widths"], new["log"]["surplus"] = 8, [16, 64], "new"
@@ -117,6 +118,7 @@ def test_difference() -> None:
 
 def test_types_are_exact_but_for_ints_as_floats_and_lists_as_tuples() -> None:
     resolved = get_config("quick").to_dict()
+    resolved["task"] |= {"size": 48, "rank": 32}
 
     def task(**changes: Any) -> Any:
         return build(resolved | {"task": resolved["task"] | changes}).task
@@ -184,11 +186,16 @@ def call(*arguments: str) -> int:
     return main.main(["niso", *arguments])
 
 
+def contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_quick_makes_two_steps(
     name: str, cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:
     monkeypatch.setenv("NISO_CACHE", str(cache))
+    monkeypatch.setattr(sharding, "make_mesh", lambda _: mesh_of(1))  # a laptop, as the configs promise
     workdir = tmp_path / "run"
     command = [
         f"--config={ROOT}/configs/{name}.py:quick", f"--workdir={workdir}", "--config.steps=2", "--config.optimizer.warmup=1",
@@ -204,10 +211,10 @@ def test_quick_makes_two_steps(
     assert difference(written, build(written).resolved) == [] and written["steps"] == 2
 
     # The finished run is safe from later mistakes in the same folder.
-    before = {path: path.stat() for path in workdir.rglob("*")}
+    before = contents(workdir)
     capfd.readouterr()
     assert call(*command, "--config.seed=1") == 2
     assert call(*command, "--config.seed=x") == 2
     err = capfd.readouterr().err
     assert err.count("\n") == 2 and "(seed: 0 -> 1)" in err
-    assert before == {path: path.stat() for path in workdir.rglob("*")}
+    assert contents(workdir) == before

@@ -17,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from niso import train
 from niso.checkpoint import Checkpoints
 from niso.errors import UserError
+from niso.journal import Journal
 from niso.metrics import Mean
 from niso.optimizer import Optimizer
 from niso.step import TrainState
@@ -187,10 +188,10 @@ class _Spy:
         self.said.append(f"log {step}")
 
     def run(self, monkeypatch, tmp_path) -> int:
-        loop = train._Loop(self, _Batches(), self, _Silent(self), tmp_path)  # type: ignore[arg-type]
-        monkeypatch.setattr(loop, "_evaluate", lambda step, state: self.said.append(f"evaluate {step}"))
+        journal = Journal(self, _Batches(), _Silent(self), str(tmp_path))  # type: ignore[arg-type]
+        monkeypatch.setattr(journal, "evaluate", lambda step, state: self.said.append(f"evaluate {step}"))
         start = TrainState(jnp.asarray(0), {"p": jnp.zeros(2)}, {}, {}, {"loss": Mean(jnp.zeros(()), jnp.zeros(()))})
-        return loop.run(start, 0)
+        return train.loop(self, _Batches(), self, journal, start)  # type: ignore[arg-type]
 
     def learning_rate(self, step: int) -> float:
         return 0.0

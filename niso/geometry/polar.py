@@ -83,7 +83,9 @@ def _damped_inverse(t: Array, damping: float) -> Array:
 
 
 def _thin_svd(x_BxRxK: Array) -> tuple[Array, Array, Array]:
-    svd = partial(jnp.linalg.svd, full_matrices=False)
+    def svd(x_BxRxK: Array) -> tuple[Array, Array, Array]:
+        u_BxRxK, s_BxK, vt_BxKxK = jnp.linalg.svd(x_BxRxK, full_matrices=False)
+        return u_BxRxK, s_BxK, vt_BxKxK
 
     def one_by_one(x_BxRxK: Array) -> tuple[Array, Array, Array]:
         batch = x_BxRxK.shape[:-2]
@@ -91,8 +93,8 @@ def _thin_svd(x_BxRxK: Array) -> tuple[Array, Array, Array]:
         return u_PxRxK.reshape(x_BxRxK.shape), s_PxK.reshape(*batch, -1), vt_PxKxK.reshape(*batch, *vt_PxKxK.shape[1:])
 
     if x_BxRxK.ndim == 2 or x_BxRxK.shape[-1] <= LARGEST_CPU_BATCHED:
-        return tuple(svd(x_BxRxK))
-    return jax.lax.platform_dependent(x_BxRxK, cpu=one_by_one, default=lambda x: tuple(svd(x)))
+        return svd(x_BxRxK)
+    return jax.lax.platform_dependent(x_BxRxK, cpu=one_by_one, default=svd)
 
 
 def _matmul(a: Array, b: Array) -> Array:

@@ -74,7 +74,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """B x H' x W' x latent_channels -> B x H x W x channels: the encoder's levels in reverse, nearest-neighbour doubling between."""
+    """B x H' x W' x latent_channels -> B x H x W x channels: the encoder's levels reversed, nearest-neighbour doubling between."""
 
     def __init__(
         self, channels: int, widths: Sequence[int], blocks: int, latent_channels: int,

@@ -18,7 +18,7 @@ class Learned:
     spectrum: Spectrum
 
     @property
-    def mask_KxK(self) -> Array:
+    def mask_KxK(self) -> Array:  # noqa: N802  (shape suffix)
         return spectral.eigenvalue_mask(self.spectrum.eigenvalue_K)
 
     def project(self, z_BxNxC: Array) -> Array:

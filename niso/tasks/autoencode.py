@@ -1,13 +1,14 @@
 """Neural Isometries from pairs: an autoencoder whose latent space turns the change between two views into an isometry."""
 
 import dataclasses
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
 
-from niso import figures
+import niso.figures as figures
 from niso.errors import UserError
 from niso.geometry import spectrum as spectral
 from niso.geometry.spectrum import apply_isometry
@@ -80,7 +81,7 @@ class Autoencode(Task):
 
     def init_model(self, rngs: nnx.Rngs) -> Autoencoder:
         sizes = (self.channels, self.widths, self.blocks, self.latent_channels)
-        options = {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "rngs": rngs}
+        options: dict[str, Any] = {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "rngs": rngs}
         operator = Operator(self.edge**2, self.rank, self.eigenvalues, rngs=rngs) if self.operator else NoOperator()
         return Autoencoder(Encoder(*sizes, **options), Decoder(*sizes, **options), operator)
 

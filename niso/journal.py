@@ -1,0 +1,86 @@
+"""What a run writes down about itself: its introduction, its log lines, its evaluations and figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from niso import evaluate, figures, sharding, tree
+from niso.config import flat
+from niso.data.pipeline import PairDataset
+from niso.errors import UserError
+from niso.step import Program, TrainState
+from niso.telemetry import Telemetry
+
+
+def due(step: int, every: int, last: int) -> bool:
+    """Whether something done every so many steps (0: never) and at the last one is due after `step`."""
+    return step == last or bool(every and step % every == 0)
+
+
+class Journal:
+    """Evaluates, draws and logs one run; all hosts take part, the first writes."""
+
+    def __init__(self, program: Program, dataset: PairDataset, telemetry: Telemetry, workdir: str):
+        self.program, self.dataset, self.telemetry, self.workdir = program, dataset, telemetry, Path(workdir)
+        self.rows = sharding.host_rows(program.mesh, program.experiment.batch)
+
+    def introduce(self, start: int) -> None:
+        """Says what is about to be trained, on what, with what."""
+        e, mesh = self.program.experiment, self.program.mesh
+        hparams: dict[str, Any] = {k: v for k, v in flat(e.resolved).items() if isinstance(v, int | float | str | bool)}
+        self.telemetry.config(json.dumps(e.resolved, indent=2), hparams)
+        cost = self.dataset.bytes_per_pair()
+        self.telemetry.say(
+            f"{e.experiment}:{e.variant}: {tree.count(self.program.parameter_shapes):,} parameters on {mesh.size} "
+            f"{jax.default_backend()} device(s), mesh data {mesh.shape['data']} x space {mesh.shape['space']}; "
+            f"{'resuming at' if start else 'from'} step {start}"
+        )
+        self.telemetry.say(
+            f"{self.dataset.train_size:,} training pairs, {self.dataset.test_size:,} test pairs; one pair reads "
+            f"{cost['disk'] / 1e3:.1f} kB and sends {cost['device'] / 1e3:.1f} kB to the device"
+        )
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Writes the training metrics of the window that ends at `step`."""
+        rate = {"learning_rate": self.program.learning_rate(step)}
+        self.telemetry.scalars(step, {f"train/{name}": value for name, value in (values | rate).items()})
+        self.telemetry.progress(step, {name: value for name, value in values.items() if name != "gradient_norm"})
+
+    def evaluate(self, step: int, state: TrainState) -> None:
+        """Evaluates the whole test split and, where they are due, draws figures."""
+        e = self.program.experiment
+        with self.telemetry.aside():
+            with self.dataset.test_batches(batch=e.batch, rows=self.rows) as batches:
+                values = evaluate.evaluate(self.program, state, batches)
+            self.telemetry.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+            for line in self.program.task.summary(values):
+                self.telemetry.say(f"evaluation at step {step}: {line}")
+            if due(step, e.log.figures_every, e.steps):
+                self._draw(step, state)
+
+    def close(self) -> None:
+        """Says where to look."""
+        last = self._figure_folder(self.program.experiment.steps)
+        self.telemetry.say(f"done: figures in {last}; tensorboard --logdir {self.workdir}")
+
+    def _figure_folder(self, step: int) -> Path:
+        return self.workdir / "figures" / f"step_{step:08d}"
+
+    def _draw(self, step: int, state: TrainState) -> None:
+        batch = self.dataset.figure_batch(self.program.experiment.log.figure_examples)
+        arrays: dict[str, np.ndarray] = jax.device_get(self.program.inspect(state, batch))
+        if jax.process_index() != 0:
+            return
+        drawn = self.program.task.figures(arrays)
+        self.telemetry.images(step, drawn)
+        self.telemetry.histograms(step, {name: array for name, array in arrays.items() if array.ndim == 1})
+        folder = self._figure_folder(step)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, image in drawn.items():
+                figures.save(folder / f"{name}.png", image)
+        except OSError as error:
+            raise UserError(f"cannot write figures in {folder}: {error}; make room there, then resume") from None

@@ -1,0 +1,118 @@
+"""The README's commands, as they stand there: every line is run, or says here why not."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+REPOSITORY = Path(__file__).parents[1]
+# Enough of a run to see that a command works: the twin's tiny records, two steps.
+SMALL = (
+    "--config.data.twin= --config.data.records=records/co3d --config.data.size=16 --config.data.test_every=50 --config.batch=4 "
+    "--config.task.widths=(4,8) --config.task.blocks=1 --config.task.rank=8 --config.task.latent_channels=8 --config.steps=2 "
+    "--config.optimizer.warmup=1"
+)
+QUICK = "pip install -q -e . && .venv/bin/python -m niso.main --config=configs/pose_encode.py:quick"
+# A fragment of each line -> what is appended to it here, or the reason why it is not run.
+RUN = {
+    "data_prep.synthetic_co3d": {"--size small": "--size tiny"},
+    "data_prep.co3d": {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"},
+    "--config=configs/pose_encode.py ": {},
+    "--config.seed=1": {},
+    "--config.task.operator=False": {},
+    "--config.task.dtype=bfloat16": {},
+    "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
+}
+NOT_RUN = {
+    "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
+    'pip install -e ".[cuda]"': "downloads gigabytes for a GPU",
+    "-m pytest": "this is it; .ci/run runs the line as it stands",
+}
+
+
+def lines() -> list[str]:
+    blocks = re.findall(r"```bash\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    return [line for block in blocks for line in block.splitlines() if line]
+
+
+def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
+    environment = os.environ | {"NISO_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    line = line.replace("python -m", f"{shlex.quote(sys.executable)} -m")
+    return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, text=True, capture_output=True)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that looks like a clone to the commands; runs and records stay in it."""
+    path = tmp_path_factory.mktemp("clone")
+    for name in ("configs", "niso", "data_prep"):
+        (path / name).symlink_to(REPOSITORY / name)
+    return path
+
+
+def test_every_line_is_known() -> None:
+    known = [*RUN, *NOT_RUN, QUICK]
+    for line in lines():
+        assert any(part in line + " " for part in known), f"say in {Path(__file__).name} how this line is tested: {line}"
+    for part in known:
+        assert any(part in line + " " for line in lines()), f"the README has no such line any more: {part}"
+
+
+@pytest.mark.timeout(400)
+def test_first_command(folder: Path) -> None:
+    """Trains as a newcomer would; the installation before it is what this very environment is made of."""
+    line = next(line for line in lines() if QUICK in line)
+    begun = time.monotonic()
+    done = shell(line.split(" && ")[-1].replace(".venv/bin/python", "python"), folder)
+    assert done.returncode == 0, done.stderr
+    assert time.monotonic() - begun < 300
+    first, last = (re.findall(rf"evaluation at step {n}: .*reconstruction ([0-9.]+)", done.stdout) for n in (0, 800))
+    assert float(last[0]) < 0.6 * float(first[0]), done.stdout  # it learns: held-out sequences
+    assert "equivariance error" in done.stdout and "tensorboard --logdir runs/pose_encode-quick" in done.stdout
+    drawn = {path.stem for path in (folder / "runs/pose_encode-quick/figures/step_00000800").glob("*.png")}
+    assert drawn == {"reconstructions", "isometries", "eigenfunctions", "masses", "operator", "spectrum"}
+    again = shell(line.split(" && ")[-1].replace(".venv/bin/python", "python"), folder)
+    assert again.returncode == 0 and len(again.stdout.splitlines()) == 1 and "finished" in again.stdout
+
+
+def test_tensorboard_reads_the_run(folder: Path) -> None:
+    from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+
+    run = folder / "runs/pose_encode-quick"
+    assert run.is_dir(), "made by the test before this one"
+    reader = EventMultiplexer()
+    reader.AddRun(str(run), "run").Reload()
+    content = {plugin: set(reader.PluginRunToTagToContent(plugin).get("run", {})) for plugin in
+               ("scalars", "images", "histograms", "text", "hparams")}  # fmt: skip
+    assert {"train/loss", "eval/equivariance_error", "time/steps_per_second"} <= content["scalars"]
+    assert {"reconstructions", "eigenfunctions", "isometries"} <= content["images"]
+    assert content["histograms"] == {"eigenvalue_K", "mass_N"} and content["text"] and content["hparams"]
+    image = np.asarray(Image.open(next(run.glob("figures/*800/eigenfunctions.png"))))
+    assert image.ndim == 3 and image.std() > 10  # something is drawn
+
+
+@pytest.mark.timeout(400)
+def test_the_other_commands(folder: Path) -> None:
+    """In the README's order, but the twin first: it stands for CO3Dv2 here."""
+    known = sorted(lines(), key=lambda line: "synthetic_co3d" not in line)
+    for original in known:
+        line = original
+        if QUICK in line or any(part in line for part in NOT_RUN):
+            continue
+        changes = next(changes for part, changes in RUN.items() if part in line + " ")
+        for old, new in changes.items():
+            assert old in line
+            line = line.replace(old, new)
+        if "niso.main" in line:
+            line += "".join(f" '{word}'" for word in SMALL.split())
+            if "--workdir" not in line:
+                line += f" --workdir=runs/line-{known.index(original)}"
+        done = shell(line, folder)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
