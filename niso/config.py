@@ -1,27 +1,22 @@
 """The one door between command lines, config files and the frozen dataclasses that the trainer runs on.
 
 Command line -> ConfigDict -> Experiment. A key is in the config or does not exist: there is no reader with a default. Every
-mistake is one line (UserError) that names the key, the flag or the config file's line. ml-collections has flags of its own for
-this; their errors are tracebacks, and they read the overrides from sys.argv whatever they are asked to parse.
+mistake is one line (UserError) that names the key, the flag or the config file's line.
 """
 
-import ast
 import dataclasses
 import difflib
-import functools
-import importlib.machinery
 import math
-import operator
 import re
+import sys
 import traceback
-import types
 import typing
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from niso.data.pipeline import Data
 from niso.errors import UserError
@@ -139,99 +134,65 @@ def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def define_flag() -> flags.FlagHolder:
-    """The --config flag; its value is the ConfigDict that it names, with the overrides of the command line once `parse` is done."""
-    return flags.DEFINE(_ConfigParser(), "config", None, "configs/<experiment>.py[:variant]; --config.<key>=<value> changes a key.")
+    """The --config flag; its value is the locked ConfigDict that it names, with the overrides of the command line."""
+    return config_flags.DEFINE_config_file(
+        "config", None, "configs/<experiment>.py[:variant]; --config.<key>=<value> changes a key.", lock_config=True
+    )
 
 
 def parse(argv: list[str]) -> list[str]:
-    """Parses all flags, applies the overrides (--config.task.rank=64) and locks the config; returns what is left over.
+    """Parses all flags, overrides such as --config.task.rank=64 among them; returns what is left over.
 
     Raises:
-      UserError: one line for whatever is wrong with them.
+      UserError: one line for whatever is wrong with them, instead of ml-collections' tracebacks.
     """
-    flag = flags.FLAGS["config"]
+    sys.argv = argv  # where ml-collections looks for the overrides, whatever it is given to parse
     try:
-        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
-        overrides = [argument for argument in argv if re.match(r"--?config\.", argument)]
-        left = flags.FLAGS([argument for argument in argv if argument not in overrides])
+        _check_names(argv)
+        return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
-        keys = flat(flag.value.to_dict()) if flag.value else ()
-        near = _near(error.flagname, [*flags.FLAGS, *(f"config.{key}" for key in keys)], "--")
+        near = _near(error.flagname, flags.FLAGS, "--") or "; keys of the config are set with --config.<key>=<value>"
         raise UserError(f"--{error.flagname}: no such flag{near}") from None
+    except flags.IllegalFlagValueError as error:
+        raise UserError(f"{_line(error)} (a key keeps the type that it has in the config file)") from None
     except flags.Error as error:
         raise UserError(_line(error)) from None
-    if flag.value:
-        for argument in overrides:
-            _override(flag.value, argument)
-        flag.value.lock()
-    return left
 
 
-def load(argument: str) -> ConfigDict:
-    """The config that `<file>[:variant]` names: what the file's get_config(variant) returns.
-
-    Raises:
-      UserError: no such file, or anything that goes wrong inside it, with the line where it does.
-    """
-    path, colon, variant = argument.partition(":")
-    if not Path(path).is_file():
-        near = _near(path, map(str, Path(path).parent.glob("*.py")))
-        raise UserError(f"--config={argument}: no file {path} in {Path.cwd()}{near or '; give one such as configs/pose_encode.py'}")
-    module = types.ModuleType("niso_config")
-    module.__file__ = path
+def _check_names(argv: list[str]) -> None:
+    """Loads the config file by itself: what goes wrong then is its own, and it knows which keys there are to override."""
+    files = [argument for argument in argv if re.match(r"--?config=", argument)]
+    if not files:
+        return
+    named = files[-1].partition("=")[2]
+    path = Path(named.partition(":")[0])
+    if not path.is_file():
+        near = _near(str(path), map(str, path.parent.glob("*.py"))) or "; give one such as configs/pose_encode.py"
+        raise UserError(f"--config={named}: no file {path} in {Path.cwd()}{near}")
+    alone = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=alone, sys_argv=[argv[0], files[-1]])
     try:
-        importlib.machinery.SourceFileLoader(module.__name__, path).exec_module(module)
-        config = module.get_config(variant) if colon else module.get_config()
-    except Exception as error:
-        if isinstance(error, UserError):
-            raise
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == path]
-        where = f"{path}, line {lines[-1]}" if lines else path
-        raise UserError(f"--config={argument}: error in {where}: {type(error).__name__}: {_line(error)}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"--config={argument}: get_config of {path} returned {type(config).__name__}, it must return a ConfigDict")
-    return config
-
-
-class _ConfigParser(flags.ArgumentParser):
-    """What absl calls with the text of --config."""
-
-    def parse(self, argument: str) -> ConfigDict:
-        return load(argument)
-
-
-def _override(config: ConfigDict, argument: str) -> None:
-    """Applies one --config.<key>=<value>, read as the type that the key has in the config."""
-    name, equals, text = argument.partition("=")
-    key = name.lstrip("-").removeprefix("config.")
-    known = flat(config.to_dict())
-    if key not in known:
-        inside = [other for other in known if other.startswith(f"{key}.")]
-        if inside:
-            raise UserError(f"--config.{key} is a section: set its keys one by one, such as --config.{inside[0]}=...")
-        beside = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]] or config
+        alone([argv[0], files[-1]])
+        value = holder.value
+    except UserError:
+        raise
+    except Exception as error:  # whatever a user's file raises
+        told = "".join(traceback.format_exception(error))  # ml-collections may put the file's own traceback into a message
+        inside = re.findall(rf'{re.escape(path.name)}", line (\d+)', told)
+        where = f"{path}, line {inside[-1]}" if inside else str(path)
+        raise UserError(f"--config={named}: error in {where}: {told.strip().splitlines()[-1]}") from error
+    if not isinstance(value, ConfigDict):
+        raise UserError(f"--config={named}: get_config of {path} returned {type(value).__name__}, it must return a ConfigDict")
+    known = flat(value.to_dict())
+    for override in argv:
+        key = override.partition("=")[0].lstrip("-").removeprefix("config.")
+        if not re.match(r"--?config\.", override) or key in known:
+            continue
+        if any(other.startswith(f"{key}.") for other in known):
+            raise UserError(f"--config.{key} is a section: set its keys one by one, as in --config.<section>.<key>=<value>")
+        beside = [other for other in known if other.rpartition(".")[0] == key.rpartition(".")[0]] or sorted(known)
         near = _near(key, known, "--config.") or f"; there are {', '.join(beside)}"
         raise UserError(f"--config.{key}: the config has no such key{near}")
-    present = functools.reduce(operator.getitem, key.split("."), config)
-    kind = type(present)
-    try:
-        if not equals:
-            raise ValueError
-        config.update_from_flattened_dict({key: _READERS[kind](text)})
-    except (ValueError, SyntaxError, TypeError):
-        expected = {bool: "true or false", tuple: "a tuple"}.get(kind, kind.__name__)
-        example = ",".join(map(repr, present)) or "()" if kind is tuple else str(present)
-        raise UserError(f"{name}{equals}{text}: expected {expected}, such as --config.{key}={example}") from None
-
-
-def _tuple(text: str) -> tuple:
-    value = ast.literal_eval(text)
-    return tuple(value) if isinstance(value, tuple | list) else (value,)
-
-
-_READERS: dict[type, Callable[[str], Any]] = {
-    str: str, int: int, float: float, tuple: _tuple, bool: lambda text: ("false", "true").index(text.lower()) == 1,
-}  # fmt: skip
 
 
 def _at_least(section: Any, where: str, **least: int) -> None:
@@ -271,11 +232,10 @@ def _build(kind: type, section: dict[str, Any], where: str) -> Any:
         if key not in wanted:
             near = _near(key, wanted, where) or f"; there are {', '.join(wanted)}"
             raise UserError(f"{where}{key}: nothing reads this key{near}")
-    for key, hint in wanted.items():
+    for key in wanted:
         if key not in section:
             raise UserError(f"{where}{key} is missing from the config")
-        section[key] = _typed(section[key], hint, where + key)
-    return kind(**section)
+    return kind(**{key: _typed(section[key], hint, where + key) for key, hint in wanted.items()})
 
 
 def _is_key(field: dataclasses.Field) -> bool:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import jax
 import numpy as np
 
 from niso import metrics, sharding
@@ -18,6 +19,7 @@ def evaluate(program: Program, state: TrainState, batches: Iterator[dict[str, np
     for index, batch in enumerate(batches):
         placed = sharding.place_batch(program.batch_sharding, batch, program.experiment.batch)
         measured = program.evaluate(state, placed, index)
+        jax.block_until_ready(total)  # at most two batches in flight
         total = measured if total is None else metrics.add(total, measured)
     if total is None:
         raise UserError("the test split is empty: nothing to evaluate")

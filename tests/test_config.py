@@ -11,7 +11,6 @@ from typing import Any
 
 import jax
 import pytest
-from absl import flags
 from ml_collections import ConfigDict
 
 from configs.pose_encode import get_config
@@ -22,6 +21,7 @@ from niso.step import Program
 from niso.tasks import base as task_base
 from tests import tiny
 from tests.conftest import mesh_of
+from tests.test_bad_input import forget_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
@@ -181,8 +181,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 
 
 def call(*arguments: str) -> int:
-    for flag in flags.FLAGS:
-        flags.FLAGS[flag].unparse()
+    forget_flags()
     return main.main(["niso", *arguments])
 
 
