@@ -79,8 +79,9 @@ def prepare(
     }
     _claim(out, options)
     plan = {split: _plan(split, sequences, shards) for split, sequences in chosen.items()}
-    pending = {file: part for of_split in plan.values() for file, part in of_split.items()
-               if co3d_shard.finished(out, file) is None}
+    pending = {
+        file: part for of_split in plan.values() for file, part in of_split.items() if co3d_shard.finished(out, file) is None
+    }
     complete = all((out / name).exists() for name in ["manifest.json", *(f"index-{split}.json" for split in plan)])
     if complete and not pending:
         if progress:
@@ -130,8 +131,11 @@ def _claim(out: pathlib.Path, options: dict[str, Any]) -> None:
         records.write_json(path, options)
         return
     before = records.read_json(path)
-    differing = [f"{name} {before.get(name)} then, {value} now" for name, value in options.items()
-                 if before.get(name) != value and name != "source"]
+    differing = [
+        f"{name} {before.get(name)} then, {value} now"
+        for name, value in options.items()
+        if before.get(name) != value and name != "source"
+    ]
     if not differing and before.get("source") != options["source"]:
         differing = ["other sequences are chosen, or the annotations of CO3D_ROOT or the list of splits have changed"]
     if differing:
@@ -143,8 +147,7 @@ def _plan(split: str, sequences: Sequence[Selected], shards: int | None) -> Plan
     total = len(sequences)
     count = min(total, shards or min(_MOST_SHARDS, -(-total // _SEQUENCES_PER_SHARD)))
     edges = [total * i // count for i in range(count + 1)]
-    return {f"{split}-{i:05d}-of-{count:05d}.array_record": tuple(sequences[edges[i] : edges[i + 1]])
-            for i in range(count)}
+    return {f"{split}-{i:05d}-of-{count:05d}.array_record": tuple(sequences[edges[i] : edges[i + 1]]) for i in range(count)}
 
 
 def _jobs(root: pathlib.Path, out: pathlib.Path, size: int, pending: Plan) -> Iterator[co3d_shard.Job]:

@@ -92,9 +92,7 @@ def build(job: Job) -> Part:
                 left_out["sequences with fewer than 2 usable frames"] += 1
                 continue
             sequences.append(
-                records.Sequence(
-                    selected.name, selected.category, job.file, writer.count, len(encoded), selected.quality
-                )
+                records.Sequence(selected.name, selected.category, job.file, writer.count, len(encoded), selected.quality)
             )
             for data in encoded:
                 writer.write(data)

@@ -136,19 +136,25 @@ def splits_from_list(path: pathlib.Path, scores: Scores, root: pathlib.Path, par
     """
     try:
         listed: dict[str, dict[str, list[str]]] = json.loads(path.read_bytes())
-        pairs = [(split, category, list(dict.fromkeys(names)))
-                 for split, part in listed.items() for category, names in sorted(part.items())]
+        pairs = [
+            (split, category, list(dict.fromkeys(names)))
+            for split, part in listed.items()
+            for category, names in sorted(part.items())
+        ]
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except (ValueError, AttributeError, TypeError) as error:
         raise UserError(f"{path} is no list of splits {{train|test: {{category: [names]}}}} ({error})") from error
     if not set(listed) <= {"train", "test"} or not any(names for _, _, names in pairs):
-        raise UserError(f"{path}: expected {{train|test: {{category: [names]}}}} with at least one name, "
-                        f"found the splits {', '.join(listed) or 'none'}")
+        raise UserError(
+            f"{path}: expected {{train|test: {{category: [names]}}}} with at least one name, "
+            f"found the splits {', '.join(listed) or 'none'}"
+        )
     absent = {category for _, category, _ in pairs} - set(scores)
     if absent and not partial:
-        raise UserError(f"{path} names categories that {root} does not have: {_few(absent)}; "
-                        "download them or choose with --categories")
+        raise UserError(
+            f"{path} names categories that {root} does not have: {_few(absent)}; download them or choose with --categories"
+        )
     pairs = [pair for pair in pairs if pair[1] not in absent]
     unknown = {f"{category}/{name}" for _, category, names in pairs for name in names if name not in scores[category]}
     if unknown:

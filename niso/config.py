@@ -146,8 +146,12 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
       UserError: one line for whatever is wrong with them, instead of ml-collections' tracebacks.
     """
-    sys.argv = argv  # where ml-collections looks for the overrides, whatever it is given to parse
     try:
+        argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+        if "--config" in argv[:-1]:  # and its value apart
+            at = argv.index("--config")
+            argv[at : at + 2] = [f"--config={argv[at + 1]}"]
+        sys.argv = argv  # where ml-collections looks for the overrides, whatever it is given to parse
         _check_names(argv)
         return flags.FLAGS(argv)
     except flags.UnrecognizedFlagError as error:
@@ -185,8 +189,8 @@ def _check_names(argv: list[str]) -> None:
         raise UserError(f"--config={named}: get_config of {path} returned {type(value).__name__}, it must return a ConfigDict")
     known = flat(value.to_dict())
     for override in argv:
-        key = override.partition("=")[0].lstrip("-").removeprefix("config.")
-        if not re.match(r"--?config\.", override) or key in known:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", override)
+        if match is None or (key := match[1]) in known:
             continue
         if any(other.startswith(f"{key}.") for other in known):
             raise UserError(f"--config.{key} is a section: set its keys one by one, as in --config.<section>.<key>=<value>")

@@ -122,9 +122,7 @@ def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     def split(x_BxRxK: Array, **options: Any) -> Array:
         axes = next((a for a in (AXES, ("data",)) if x_BxRxK.shape[0] % math.prod(mesh.shape[n] for n in a) == 0), ())
         spec = PartitionSpec(axes)
-        run = jax.shard_map(
-            lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
-        )
+        run = jax.shard_map(lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
         return run(x_BxRxK)
 
     return split

@@ -43,9 +43,7 @@ class Program:
     def __init__(self, experiment: "Experiment", mesh: Mesh, batch_shapes: dict[str, tuple[tuple[int, ...], Any]]):
         self.experiment = experiment
         self.mesh = mesh
-        self.task = dataclasses.replace(
-            experiment.task, procrustes=sharding.sharded(experiment.task.procrustes, mesh)
-        )
+        self.task = dataclasses.replace(experiment.task, procrustes=sharding.sharded(experiment.task.procrustes, mesh))
         self.optimizer = experiment.optimizer.transformation(experiment.steps)
         self.schedule = experiment.optimizer.schedule(experiment.steps)
         sharding.check_batch(mesh, experiment.batch, experiment.optimizer.accumulate)
@@ -66,9 +64,7 @@ class Program:
             out_shardings=(self.state_sharding, whole),
             donate_argnums=0,
         )
-        self.evaluate = jax.jit(
-            self._evaluate, in_shardings=(self.state_sharding, self.batch_sharding, None), out_shardings=whole
-        )
+        self.evaluate = jax.jit(self._evaluate, in_shardings=(self.state_sharding, self.batch_sharding, None), out_shardings=whole)
         self.inspect = jax.jit(self._inspect, in_shardings=(self.state_sharding, whole), out_shardings=whole)
 
     def learning_rate(self, step: int) -> float:

@@ -25,15 +25,23 @@ def make_frame(root, category, name, number, rng, *, height=41, width=30, suffix
     if number % 3:
         viewpoint["intrinsics_format"] = "ndc_isotropic" if number % 3 == 1 else "ndc_norm_image_bounds"
     return {
-        "sequence_name": name, "frame_number": number, "frame_timestamp": 0.1 * number,
-        "image": {"path": path, "size": [height, width]}, "depth": None, "mask": None, "viewpoint": viewpoint,
-        "meta": None, "a_key_of_the_future": 1,
+        "sequence_name": name,
+        "frame_number": number,
+        "frame_timestamp": 0.1 * number,
+        "image": {"path": path, "size": [height, width]},
+        "depth": None,
+        "mask": None,
+        "viewpoint": viewpoint,
+        "meta": None,
+        "a_key_of_the_future": 1,
     }
 
 
 def write_annotations(root, category, frames, scores):
-    sequences = [{"sequence_name": name, "category": category, "video": None, "point_cloud": None,
-                  "viewpoint_quality_score": score} for name, score in scores.items()]
+    sequences = [
+        {"sequence_name": name, "category": category, "video": None, "point_cloud": None, "viewpoint_quality_score": score}
+        for name, score in scores.items()
+    ]
     for kind, value in (("frame", frames), ("sequence", sequences)):
         (root / category).mkdir(parents=True, exist_ok=True)
         with gzip.open(root / category / f"{kind}_annotations.jgz", "wt") as file:

@@ -61,8 +61,7 @@ def test_poses_go_back_and_chain():
     # The camera's centre is seen at the origin, and a point in front of the lens has positive depth in both frames.
     np.testing.assert_allclose(a_4x4[:3, 3] @ r_3x3 + t_3, 0, atol=1e-14)
     ahead_3, right_3, down_3 = (a_4x4[:3, 3] + a_4x4[:3, axis] for axis in (2, 0, 1))
-    np.testing.assert_allclose([x @ r_3x3 + t_3 for x in (ahead_3, right_3, down_3)], np.diag([-1, -1, 1])[[2, 0, 1]],
-                               atol=1e-14)
+    np.testing.assert_allclose([x @ r_3x3 + t_3 for x in (ahead_3, right_3, down_3)], np.diag([-1, -1, 1])[[2, 0, 1]], atol=1e-14)
     for got, want in zip(camera.pytorch3d_from_camera_to_world(a_4x4), (r_3x3, t_3), strict=True):
         np.testing.assert_allclose(got, want, atol=1e-14)
     r_3x3, t_3, _ = _viewpoint(2)

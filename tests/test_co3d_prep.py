@@ -39,8 +39,9 @@ def test_the_published_rule_of_selection():
     threshold = pooled[low] + (position - low) * (pooled[low + 1] - pooled[low])
     expected: dict[str, list[tuple[str, str]]] = {"train": [], "test": []}
     for category in ("a", "b"):
-        kept = sorted((n for n, q in scores[category].items() if q is not None and q >= threshold),
-                      key=lambda name: name.split("_"))
+        kept = sorted(
+            (n for n, q in scores[category].items() if q is not None and q >= threshold), key=lambda name: name.split("_")
+        )
         count = int(0.1 * len(kept))
         expected["train"] += [(category, name) for name in kept[:-count]]
         expected["test"] += [(category, name) for name in kept[-count:]]
@@ -137,6 +138,7 @@ def test_large_jpegs_are_decoded_small_without_a_visible_difference():
 
 def _spoil(root, frames):
     """Gives each of the first frames one defect; returns the count expected for every reason."""
+
     def image(i):
         return root / frames[i]["image"]["path"]
 
@@ -150,8 +152,11 @@ def _spoil(root, frames):
     frames[7]["image"]["size"] = [41, 31]
     frames[8]["image"]["size"] = [30, 41]  # exchanged, and no EXIF tag that says so
     return {
-        "frames without viewpoint": 1, "frames with non-finite pose or intrinsics": 2, "frames with missing image": 1,
-        "frames with unreadable image": 3, "frames with image of another size than annotated": 2,
+        "frames without viewpoint": 1,
+        "frames with non-finite pose or intrinsics": 2,
+        "frames with missing image": 1,
+        "frames with unreadable image": 3,
+        "frames with image of another size than annotated": 2,
         "sequences with fewer than 2 usable frames": 3,
     }
 
@@ -207,8 +212,7 @@ def test_shards_are_even_and_bounded():
 
     assert sizes(96) == [8] * 12 and sizes(3) == [3] and sizes(17) == [5, 6, 6] and sizes(2, 5) == [1, 1]
     assert len(sizes(8165)) == 1021 and len(sizes(9000)) == 1024
-    assert next(iter(co3d._plan("test", [co3d_source.Selected("a", "b", None)] * 96, None))) == (
-        "test-00000-of-00012.array_record")
+    assert next(iter(co3d._plan("test", [co3d_source.Selected("a", "b", None)] * 96, None))) == ("test-00000-of-00012.array_record")
 
 
 # ---- real photographs ------------------------------------------------------------------------------------------------

@@ -90,8 +90,13 @@ def test_what_is_missing_is_made_again_and_nothing_else(tree, unbroken, tmp_path
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_bytes(content)
     shard = out / "train-00001-of-00003.array_record"
-    victim = {"shard": shard, "truncated": shard, "note": out / "parts" / f"{shard.name}.json",
-              "manifest": out / "manifest.json", "index": out / "index-test.json"}[damage]
+    victim = {
+        "shard": shard,
+        "truncated": shard,
+        "note": out / "parts" / f"{shard.name}.json",
+        "manifest": out / "manifest.json",
+        "index": out / "index-test.json",
+    }[damage]
     if damage == "truncated":
         victim.write_bytes(victim.read_bytes()[:-10])
     else:
@@ -130,8 +135,9 @@ def test_changed_annotations_are_refused(tree, tmp_path):
     root = tmp_path / "tree"
     shutil.copytree(tree, root)
     co3d.prepare(root, tmp_path / "out", **EVERYTHING)
-    write_annotations(root, "apple", list(read_annotations(root, "apple").values())[:-3],
-                       co3d_source.read_scores(root, ["apple"])["apple"])
+    write_annotations(
+        root, "apple", list(read_annotations(root, "apple").values())[:-3], co3d_source.read_scores(root, ["apple"])["apple"]
+    )
     with pytest.raises(UserError, match=r"other sequences are chosen, or the annotations"):
         co3d.prepare(root, tmp_path / "out", **EVERYTHING)
 
@@ -183,8 +189,7 @@ def test_a_list_is_narrowed_to_the_chosen_categories(tree, tmp_path):
     names = list(co3d_source.read_scores(tree, ["apple"])["apple"])[:2]
     listed = {"train": {"pear": ["x"], "apple": names[::-1]}, "test": {"pear": ["x"]}}
     (tmp_path / "list.json").write_text(json.dumps(listed))
-    manifest = co3d.prepare(tree, tmp_path / "out", splits=tmp_path / "list.json", categories=["apple"], size=SIZE,
-                            progress=False)
+    manifest = co3d.prepare(tree, tmp_path / "out", splits=tmp_path / "list.json", categories=["apple"], size=SIZE, progress=False)
     assert list(manifest.splits) == ["train"]
     assert [s.name for s in records.read_index(tmp_path / "out", "train")] == names[::-1]  # the order of the list
     with pytest.raises(UserError, match="names no sequence of the chosen categories bench"):

@@ -105,13 +105,13 @@ def test_the_wire_format_is_that_of_tf_train_example():
     # (map: key = 1, value = 2), Feature.{bytes_list, float_list, int64_list} = 1, 2, 3, value = 1 in each list.
     schema = records.FRAME | {"weights": records.Field("float32", (3,))}
     example = _example(300) | {"weights": np.array([1.5, -2, 3], np.float32)}
-    (number, features), = _fields(records.encode(example, schema))
+    ((number, features),) = _fields(records.encode(example, schema))
     assert number == 1
     found = {}
     for number, entry in _fields(features):
         (key_number, key), (value_number, value) = _fields(entry)
-        (kind, values), = _fields(value)
-        (list_number, content), = _fields(values)
+        ((kind, values),) = _fields(value)
+        ((list_number, content),) = _fields(values)
         assert (number, key_number, value_number, list_number) == (1, 1, 2, 1)
         found[key.decode()] = kind, content
     assert found.keys() == schema.keys()
@@ -136,12 +136,15 @@ def test_encode_refuses_what_the_schema_does_not_say(change, message):
         records.encode(_example(0) | change, records.FRAME)
 
 
-@pytest.mark.parametrize("schema", [
-    {"missing": records.Field("int64", ())},
-    {"frame_number": records.Field("float32", ())},
-    {"intrinsics_3x3": records.Field("float64", (4, 4))},
-    {"intrinsics_3x3": records.Field("bytes", None), "image_jpeg": records.Field("float64", (9,))},
-])
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"missing": records.Field("int64", ())},
+        {"frame_number": records.Field("float32", ())},
+        {"intrinsics_3x3": records.Field("float64", (4, 4))},
+        {"intrinsics_3x3": records.Field("bytes", None), "image_jpeg": records.Field("float64", (9,))},
+    ],
+)
 def test_decode_refuses_what_does_not_fit_the_schema(schema):
     data = records.encode(_example(0), records.FRAME)
     with pytest.raises(ValueError, match=next(iter(schema)) if len(schema) == 1 else "image_jpeg"):
@@ -275,8 +278,10 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
         assert len(list(tmp_path.iterdir())) == 1 and not path.exists()
         raise ZeroDivisionError
     assert not list(tmp_path.iterdir())
-    with pytest.raises(UserError, match=r"cannot write .*b\.array_record.*No such file"), \
-            records.ShardWriter(tmp_path / "no" / "b.array_record"):
+    with (
+        pytest.raises(UserError, match=r"cannot write .*b\.array_record.*No such file"),
+        records.ShardWriter(tmp_path / "no" / "b.array_record"),
+    ):
         pass
     with pytest.raises(UserError, match=r"cannot write .*c\.json: No such file"):
         records.write_json(tmp_path / "no" / "c.json", 1)
@@ -285,8 +290,10 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(records, "temporary", lambda _: records.pathlib.Path("/dev/full"))
     monkeypatch.setattr(records.pathlib.Path, "unlink", lambda *_, **__: None)
-    with pytest.raises(UserError, match=r"cannot write .*a\.array_record: .*No space left on device"), \
-            records.ShardWriter(tmp_path / "a.array_record") as writer:
+    with (
+        pytest.raises(UserError, match=r"cannot write .*a\.array_record: .*No space left on device"),
+        records.ShardWriter(tmp_path / "a.array_record") as writer,
+    ):
         for _ in range(100):
             writer.write(bytes(100_000))
     with pytest.raises(UserError, match=r"cannot write .*b\.json: No space left on device"):

@@ -166,9 +166,7 @@ class _Spy:
         self.said: list[str] = []
         self.leave, self.broken = leave, broken
         every = SimpleNamespace(every=2, evaluate_every=3, figures_every=99, figure_examples=1)
-        self.experiment = SimpleNamespace(
-            steps=6, batch=8, seed=0, log=every, checkpoint=SimpleNamespace(every=3), resolved={}
-        )
+        self.experiment = SimpleNamespace(steps=6, batch=8, seed=0, log=every, checkpoint=SimpleNamespace(every=3), resolved={})
         self.mesh = mesh_of(1)
         self.batch_sharding: dict[str, Any] = {}
 

@@ -24,7 +24,7 @@ from niso.errors import UserError
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
     "describe_shard", "encode", "read_index", "read_json", "temporary", "write_index", "write_json",
-]
+]  # fmt: skip
 
 FORMAT = 1
 # group_size:1 reads one record in 10 us (140 us at 64); the payload is JPEG, so compression only costs time.

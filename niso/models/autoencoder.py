@@ -40,9 +40,7 @@ class Level(nnx.Module):
 
     def __init__(self, inputs: int, features: int, blocks: int, remat: bool, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.remat = remat
-        self.blocks = nnx.List(
-            [Block(inputs if i == 0 else features, features, dtype=dtype, rngs=rngs) for i in range(blocks)]
-        )
+        self.blocks = nnx.List([Block(inputs if i == 0 else features, features, dtype=dtype, rngs=rngs) for i in range(blocks)])
 
     def __call__(self, x_BxHxWxC: Array) -> Array:
         run = nnx.remat(Block.__call__) if self.remat else Block.__call__
@@ -60,9 +58,7 @@ class Encoder(nnx.Module):
     ):  # fmt: skip
         self.stem = nnx.Linear(channels, STEM, dtype=dtype, rngs=rngs)
         inputs = (STEM, *widths[:-1])
-        self.levels = nnx.List(
-            [Level(i, w, blocks, remat, dtype=dtype, rngs=rngs) for i, w in zip(inputs, widths, strict=True)]
-        )
+        self.levels = nnx.List([Level(i, w, blocks, remat, dtype=dtype, rngs=rngs) for i, w in zip(inputs, widths, strict=True)])
         self.norm = grid_norm(widths[-1], dtype, rngs)
         self.head = nnx.Linear(widths[-1], latent_channels, dtype=dtype, rngs=rngs)
 
@@ -82,9 +78,7 @@ class Decoder(nnx.Module):
     ):  # fmt: skip
         features = tuple(reversed(widths))
         inputs = (latent_channels, *features[:-1])
-        self.levels = nnx.List(
-            [Level(i, w, blocks, remat, dtype=dtype, rngs=rngs) for i, w in zip(inputs, features, strict=True)]
-        )
+        self.levels = nnx.List([Level(i, w, blocks, remat, dtype=dtype, rngs=rngs) for i, w in zip(inputs, features, strict=True)])
         self.norm = grid_norm(features[-1], dtype, rngs)
         self.head = nnx.Linear(features[-1], channels, dtype=dtype, rngs=rngs)
 

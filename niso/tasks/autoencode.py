@@ -209,5 +209,3 @@ class _Pair:
 def _absolute(difference: Array) -> Array:
     """Mean absolute value per example, B."""
     return jnp.mean(jnp.abs(difference), axis=tuple(range(1, difference.ndim)))
-
-
