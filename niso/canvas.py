@@ -107,6 +107,7 @@ def panel(picture_HxWx3: np.ndarray, side: int) -> np.ndarray:
 
 
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """Pillow's built-in font at `size` pixels."""
     return ImageFont.load_default(size=size)
 
 
@@ -133,10 +134,12 @@ def colour_bar(table_Tx3: np.ndarray, low: float, high: float, height: int) -> n
 
 
 def blank(height: int, width: int) -> np.ndarray:
+    """An empty page, height x width x 3 uint8."""
     return np.full((height, width, 3), PAPER, np.uint8)
 
 
 def paste(page_HxWx3: np.ndarray, picture_HxWx3: np.ndarray, top: int, left: int) -> None:
+    """Puts a picture on the page, in place."""
     height, width = picture_HxWx3.shape[:2]
     page_HxWx3[top : top + height, left : left + width] = picture_HxWx3
 

@@ -117,6 +117,7 @@ class Checkpoints:
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends a run that hangs
 
 
 def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str, Array]:

@@ -4,7 +4,7 @@ import os
 import sys
 
 import jax
-from absl import flags, logging
+from absl import app, flags, logging
 
 from niso import config, train
 from niso.errors import UserError
@@ -22,6 +22,8 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which of them this is, from
 def main(argv: list[str] | None = None) -> int:
     """Trains the experiment that the flags name; returns the exit code (0 done, 2 a user's mistake, 42 preempted)."""
     logging.set_verbosity(logging.ERROR)  # the libraries' warnings are about their own options
+    if "help" not in flags.FLAGS:
+        app.define_help_flags()
     try:
         rest = config.parse(sys.argv if argv is None else argv)
         if rest[1:] or not flags.FLAGS["config"].present:

@@ -5,11 +5,11 @@ propagates shardings from the inputs; only batched solves are split by hand, bec
 """
 
 import dataclasses
-import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -39,8 +39,8 @@ def make_mesh(shape: MeshShape) -> Mesh:
       UserError: the axes do not multiply to the number of devices.
     """
     devices = jax.device_count()
-    data = devices // shape.space if shape.data == -1 else shape.data
-    if data * shape.space != devices or shape.space < 1:
+    data = devices // max(shape.space, 1) if shape.data == -1 else shape.data
+    if data * shape.space != devices:
         raise UserError(
             f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {devices} device(s) here; "
             "leave mesh.data=-1 and choose a mesh.space that divides them"
@@ -59,6 +59,7 @@ def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
+    """The sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())
 
 
@@ -112,18 +113,19 @@ def optimizer_sharding(mesh: Mesh, params: dict[str, NamedSharding], opt_state: 
 
 
 def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
-    """`solve` on a batch of matrices, the batch split over all mesh axes (over `data` alone, or not at all, where it does
-    not divide: the few examples of a figure).
+    """`solve` on a batch of matrices, the batch split over all mesh axes.
 
-    Kept to the solve itself, with gradients taken outside: inside a larger shard_map some combinations of replicated and
-    split values are silently wrong by the size of an axis.
+    A batch that the mesh does not divide (the few examples of a figure) is filled up with zero matrices, whose results are
+    dropped: without the split every device would solve all of it. Kept to the solve itself, with gradients taken outside:
+    inside a larger shard_map some combinations of replicated and split values are silently wrong by the size of an axis.
     """
 
     def split(x_BxRxK: Array, **options: Any) -> Array:
-        axes = next((a for a in (AXES, ("data",)) if x_BxRxK.shape[0] % math.prod(mesh.shape[n] for n in a) == 0), ())
-        spec = PartitionSpec(axes)
+        batch = x_BxRxK.shape[0]
+        filled_BxRxK = jnp.pad(x_BxRxK, ((0, -batch % mesh.size), (0, 0), (0, 0)))
+        spec = PartitionSpec(AXES)
         run = jax.shard_map(lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return run(x_BxRxK)
+        return run(filled_BxRxK)[:batch]
 
     return split
 

@@ -11,6 +11,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from niso import metrics, rng, sharding, tree
+from niso.errors import UserError
 from niso.metrics import Mean, Metrics
 
 if TYPE_CHECKING:
@@ -52,6 +53,8 @@ class Program:
         self.graphdef, self.parameter_shapes = tree.flatten(model)
         self.batch_shapes = {name: jax.ShapeDtypeStruct(*shape) for name, shape in batch_shapes.items()}
         self.batch_sharding = sharding.batch_sharding(mesh, batch_shapes)
+        if not tree.partition(self.parameter_shapes, self.task.trainable)[0]:
+            raise UserError(f"task.trainable={self.task.trainable!r} matches no parameter: nothing would be trained")
         self.state_shapes = jax.eval_shape(self._init, {})
         self.parameter_sharding = sharding.parameter_sharding(mesh, self.task.rules(), self.parameter_shapes)
         self.state_sharding = self._place(self.state_shapes)

@@ -9,6 +9,8 @@ from niso.sharding import MeshShape, make_mesh
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
+# Hundreds of small programs are compiled once and run a few times; the README's first command and the slow tests optimise.
+jax.config.update("jax_disable_most_optimizations", True)
 
 
 def mesh_of(data: int, space: int = 1) -> Mesh:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from niso.geometry.polar import LARGEST_CPU_BATCHED, polar_factor
+from niso.geometry.polar import polar_factor
 
 
 def matrices(kind: str, size: int, batch: int = 3, seed: int = 0) -> np.ndarray:
@@ -31,7 +31,7 @@ def twin(x: np.ndarray, special: bool = False) -> np.ndarray:
     return u @ vt
 
 
-@pytest.mark.parametrize("size", [2, 3, 8, 33, 64, LARGEST_CPU_BATCHED + 6])
+@pytest.mark.parametrize("size", [2, 3, 8, 33, 70])
 @pytest.mark.parametrize("kind", ["white", "power", "repeated", "deficient", "zero"])
 @pytest.mark.parametrize("special", [False, True])
 def test_orthogonal_and_optimal(kind: str, size: int, special: bool) -> None:

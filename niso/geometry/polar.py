@@ -15,9 +15,6 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# Above this size jaxlib's CPU kernels can deadlock on a batch (jax issues 39292, 38056); one matrix at a time they do not.
-LARGEST_CPU_BATCHED = 64
-
 
 def polar_factor(x_BxRxK: Array, *, special: bool = False, ridge: float = 0.0, damping: float = 1e-7) -> Array:
     """Nearest matrices with orthonormal columns (eq. 8's κ), float32.
@@ -92,8 +89,10 @@ def _thin_svd(x_BxRxK: Array) -> tuple[Array, Array, Array]:
         u_PxRxK, s_PxK, vt_PxKxK = jax.lax.map(svd, x_BxRxK.reshape(-1, *x_BxRxK.shape[-2:]))
         return u_PxRxK.reshape(x_BxRxK.shape), s_PxK.reshape(*batch, -1), vt_PxKxK.reshape(*batch, *vt_PxKxK.shape[1:])
 
-    if x_BxRxK.ndim == 2 or x_BxRxK.shape[-1] <= LARGEST_CPU_BATCHED:
+    if x_BxRxK.ndim == 2:
         return svd(x_BxRxK)
+    # jaxlib's CPU kernels can deadlock on batches, with several devices or large matrices (jax issues 39292, 38056); one
+    # matrix at a time they do not.
     return jax.lax.platform_dependent(x_BxRxK, cpu=one_by_one, default=svd)
 
 

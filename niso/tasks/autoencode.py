@@ -66,7 +66,10 @@ class Autoencode(Task):
         }.items():  # fmt: skip
             if getattr(self, key) not in allowed:
                 raise UserError(f"task.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
-        if not self.widths or self.size % 2 ** (len(self.widths) - 1):
+        for key in ("channels", "blocks", "latent_channels"):
+            if getattr(self, key) < 1:
+                raise UserError(f"task.{key}={getattr(self, key)}: must be at least 1")
+        if not self.widths or min(self.widths) < 1 or self.size % 2 ** (len(self.widths) - 1):
             raise UserError(f"task.size={self.size} cannot be halved between the {len(self.widths)} levels of task.widths")
         if self.operator and not 1 <= self.rank <= self.edge**2:
             raise UserError(
@@ -150,7 +153,11 @@ class Autoencode(Task):
         frames_BxTxHxWxC = batch["frames_BxTxHxWxC"]
         if frames_BxTxHxWxC.dtype == jnp.uint8:
             frames_BxTxHxWxC = frames_BxTxHxWxC.astype(jnp.float32) / 127.5 - 1.0
-        examples, views = frames_BxTxHxWxC.shape[:2]
+        examples, views, *observation = frames_BxTxHxWxC.shape
+        if observation != [self.size, self.size, self.channels]:
+            raise UserError(
+                f"frames are {observation}, but task.size={self.size} and task.channels={self.channels}: make them agree"
+            )
         z_PxHxWxC = model.encoder(frames_BxTxHxWxC.reshape(examples * views, *frames_BxTxHxWxC.shape[2:]))
         maps = model.operator.maps()
         coefficient_PxKxC = maps.project(z_PxHxWxC.reshape(examples * views, -1, self.latent_channels))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -70,8 +71,7 @@ def load(name: str) -> type[Task]:
     Raises:
       UserError: no such file.
     """
-    try:
-        module = importlib.import_module(f"niso.tasks.{name}")
-        return getattr(module, "".join(part.capitalize() for part in name.split("_")))
-    except (ModuleNotFoundError, AttributeError) as error:
-        raise UserError(f"task.name={name!r}: there is no task of that name in niso/tasks ({error})") from None
+    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    if name not in files:
+        raise UserError(f"task.name={name!r}: there is no task of that name; there are {', '.join(files)}")
+    return getattr(importlib.import_module(f"niso.tasks.{name}"), "".join(part.capitalize() for part in name.split("_")))
