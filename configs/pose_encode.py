@@ -8,7 +8,7 @@ Cost: the paper reports 12 hours on one A6000 for 200,000 steps of 8 pairs.
   python -m data_prep.co3d --root CO3D_ROOT --out records/co3d
   python -m niso.main --config=configs/pose_encode.py
 
-Quick: the built-in twin of 6 short synthetic videos at 32 x 32, about two minutes on a laptop CPU, no data needed. `small`: the
+Quick: the built-in twin of 6 short synthetic videos at 32 x 32, under two minutes on a laptop CPU, no data needed. `small`: the
 small twin of 48 videos (made once, about five minutes), about five minutes of training.
 
   python -m niso.main --config=configs/pose_encode.py:quick
@@ -80,12 +80,12 @@ def _reduce(config: ConfigDict, variant: str) -> None:
     before reconstructions are sharp enough to resist, and the equivariance error stays at 19 % (README, results).
     """
     quick = variant == "quick"
-    config.steps = 800 if quick else 2_000
+    config.steps = 500 if quick else 2_000
     config.data.update(records="", twin="tiny" if quick else "small", size=32, test_every=1 if quick else 3, threads=2)
     config.task.update(widths=(32, 64), blocks=1, latent_channels=32, rank=32, beta=0.025 if quick else 0.0075)
     config.optimizer.update(peak=1e-3, final=1e-4, warmup=100)
-    config.log.update(every=100, evaluate_every=400 if quick else 500, figures_every=400 if quick else 1_000)
-    config.checkpoint.update(every=400 if quick else 500)
+    config.log.update(every=100, evaluate_every=250 if quick else 500, figures_every=250 if quick else 1_000)
+    config.checkpoint.update(every=250 if quick else 500)
 
 
 def sweep() -> Iterator[dict[str, Any]]:

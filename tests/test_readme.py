@@ -24,11 +24,11 @@ QUICK = "pip install -q -e . && .venv/bin/python -m niso.main --config=configs/p
 RUN = {
     "data_prep.synthetic_co3d": {"--size small": "--size tiny"},
     "data_prep.co3d": {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"},
-    "--config=configs/pose_encode.py ": {},
+    "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
     "--config.seed=1": {},
     "--config.task.operator=False": {},
     "--config.task.dtype=bfloat16": {},
-    "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
+    "--config=configs/pose_encode.py ": {},
 }
 NOT_RUN = {
     "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
@@ -44,8 +44,14 @@ def lines() -> list[str]:
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"NISO_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    if "--config.steps=2" in line:
+        environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled once, run twice
     line = line.replace("python -m", f"{shlex.quote(sys.executable)} -m")
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, text=True, capture_output=True)
+
+
+def last_number(text: str, before: str) -> float:
+    return float(re.findall(rf"{before} ([0-9.]+)", text)[-1])
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +79,13 @@ def test_first_command(folder: Path) -> None:
     done = shell(line.split(" && ")[-1].replace(".venv/bin/python", "python"), folder)
     assert done.returncode == 0, done.stderr
     assert time.monotonic() - begun < 300
-    first, last = (re.findall(rf"evaluation at step {n}: .*reconstruction ([0-9.]+)", done.stdout) for n in (0, 800))
-    assert float(last[0]) < 0.6 * float(first[0]), done.stdout  # it learns: held-out sequences
+    # It learns. Training loss: 1.13 -> 0.12; on held-out videos what 4 videos of 16 frames can teach: 0.6 of the first.
+    assert last_number(done.stdout, "step 500/500 .*reconstruction") < 0.25, done.stdout
+    for name, share in (("reconstruction", 0.7), ("equivariance error", 0.5)):
+        first, last = (last_number(done.stdout, f"evaluation at step {step}: .*{name}") for step in (0, 500))
+        assert last < share * first, done.stdout
     assert "equivariance error" in done.stdout and "tensorboard --logdir runs/pose_encode-quick" in done.stdout
-    drawn = {path.stem for path in (folder / "runs/pose_encode-quick/figures/step_00000800").glob("*.png")}
+    drawn = {path.stem for path in (folder / "runs/pose_encode-quick/figures/step_00000500").glob("*.png")}
     assert drawn == {"reconstructions", "isometries", "eigenfunctions", "masses", "operator", "spectrum"}
     again = shell(line.split(" && ")[-1].replace(".venv/bin/python", "python"), folder)
     assert again.returncode == 0 and len(again.stdout.splitlines()) == 1 and "finished" in again.stdout
@@ -94,7 +103,7 @@ def test_tensorboard_reads_the_run(folder: Path) -> None:
     assert {"train/loss", "eval/equivariance_error", "time/steps_per_second"} <= content["scalars"]
     assert {"reconstructions", "eigenfunctions", "isometries"} <= content["images"]
     assert content["histograms"] == {"eigenvalue_K", "mass_N"} and content["text"] and content["hparams"]
-    image = np.asarray(Image.open(next(run.glob("figures/*800/eigenfunctions.png"))))
+    image = np.asarray(Image.open(next(run.glob("figures/*500/eigenfunctions.png"))))
     assert image.ndim == 3 and image.std() > 10  # something is drawn
 
 

@@ -86,6 +86,15 @@ def test_frozen_parameters_stay_bit_identical_under_weight_decay() -> None:
     assert moments == set(trained)
 
 
+def test_mistakes_that_only_the_model_can_see_are_named() -> None:
+    with pytest.raises(UserError, match="'nothing' matches no parameter"):
+        tiny.program(task__trainable="nothing")
+    with pytest.raises(UserError, match=r"frames are \[16, 16, 3\], but task.size=16 and task.channels=1"):
+        tiny.program(task__channels=1)
+    with pytest.raises(UserError, match="task.blocks=0"):
+        tiny.experiment(task__blocks=0)
+
+
 def test_decay_reaches_what_its_pattern_names() -> None:
     def moved(pattern: str) -> dict[str, np.ndarray]:
         p = tiny.program(optimizer__decay=pattern, optimizer__weight_decay=0.5)

@@ -89,7 +89,7 @@ def _thin_svd(x_BxRxK: Array) -> tuple[Array, Array, Array]:
         u_PxRxK, s_PxK, vt_PxKxK = jax.lax.map(svd, x_BxRxK.reshape(-1, *x_BxRxK.shape[-2:]))
         return u_PxRxK.reshape(x_BxRxK.shape), s_PxK.reshape(*batch, -1), vt_PxKxK.reshape(*batch, *vt_PxKxK.shape[1:])
 
-    if x_BxRxK.ndim == 2:
+    if x_BxRxK.ndim == 2 or x_BxRxK.size == 0:
         return svd(x_BxRxK)
     # jaxlib's CPU kernels can deadlock on batches, with several devices or large matrices (jax issues 39292, 38056); one
     # matrix at a time they do not.
