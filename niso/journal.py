@@ -70,11 +70,16 @@ class Journal:
         return self.workdir / "figures" / f"step_{step:08d}"
 
     def _draw(self, step: int, state: TrainState) -> None:
-        batch = self.dataset.figure_batch(self.program.experiment.log.figure_examples)
-        arrays: dict[str, np.ndarray] = jax.device_get(self.program.inspect(state, batch))
+        """Figures of test pairs, and of training pairs where they differ (an operator has no pairs), named train_*."""
+        count = self.program.experiment.log.figure_examples
+        batches = [self.dataset.figure_batch(count), self.dataset.figure_batch(count, train=True)]
+        arrays, trained = (jax.device_get(self.program.inspect(state, batch)) for batch in batches)
         if jax.process_index() != 0:
             return
         drawn = self.program.task.figures(arrays)
+        for name, image in self.program.task.figures(trained).items():
+            if not np.array_equal(image, drawn[name]):
+                drawn[f"train_{name}"] = image
         self.telemetry.images(step, drawn)
         self.telemetry.histograms(step, {name: array for name, array in arrays.items() if array.ndim == 1})
         folder = self._figure_folder(step)

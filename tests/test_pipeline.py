@@ -189,6 +189,7 @@ def test_figures_show_fixed_pairs_of_all_skips_and_sequences(root):
     assert figures["weight_B"].tolist() == [1] * 6
     assert equal([dataset.figure_batch(6)], [figures])
     assert len(shown(dataset.figure_batch(50))) == 50
+    assert set(shown(dataset.figure_batch(6, train=True))) <= by_hand(TRAIN, range(4))
     assert set(pipeline.open_dataset(data(root, test_skips=(0, 90))).figure_batch(4)["skip_B"]) == {0}
 
 

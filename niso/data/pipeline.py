@@ -210,14 +210,15 @@ class PairDataset:
         addresses = grain.MapDataset.source(_TestAddresses(self.test_size, self.data.test_every, batch))
         return self._batches(addresses, self._test, rows)
 
-    def figure_batch(self, count: int) -> Batch:
-        """count fixed test pairs for figures, spread evenly over the split and taking the skips in turn; weights 1."""
-        pairs = self._test.pairs
+    def figure_batch(self, count: int, train: bool = False) -> Batch:
+        """count fixed test (or training) pairs for figures, spread evenly over the split, its skips in turn; weights 1."""
+        split = self._train if train else self._test
+        pairs = split.pairs
         by_skip = [one for skip in pairs.skip_K if (one := Pairs.of(pairs.length_S, [skip])).size]
         # Pair n of count lies at the fraction (n + 1/2) / count of the pairs of its skip.
         takes = [(by_skip[n % len(by_skip)], (2 * n + 1) / (2 * count)) for n in range(count)]
         where_3xB = np.concatenate([one.locate(np.array([int(at * one.size)])) for one, at in takes], axis=1)
-        return self._test.batch(where_3xB, np.ones(count))
+        return split.batch(where_3xB, np.ones(count))
 
     def bytes_per_pair(self, count: int = 64) -> dict[str, float]:
         """Mean bytes per training pair: "disk" (its records as stored), "device" (its share of a batch), "reference".
