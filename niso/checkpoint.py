@@ -5,6 +5,7 @@ asynchronously under a temporary name and renamed when complete, so a kill at an
 """
 
 import json
+import logging
 import os
 import signal
 from collections.abc import Sequence
@@ -109,6 +110,8 @@ class Checkpoints:
                 self._previous_handler = None
 
     def _failed(self, error: Exception) -> UserError:
+        # Its many other writers failed in the same way; asyncio would print each of them when it is collected.
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         reason = str(error).splitlines()[0][:300]
         return UserError(
             f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: free disk space and run "

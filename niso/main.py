@@ -21,7 +21,7 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Which of them this is, from
 
 def main(argv: list[str] | None = None) -> int:
     """Trains the experiment that the flags name; returns the exit code (0 done, 2 a user's mistake, 42 preempted)."""
-    logging.set_verbosity(logging.ERROR)  # the libraries' warnings are about their own options
+    logging.set_verbosity(logging.FATAL)  # whatever stops a run is raised; the libraries would log it too, with tracebacks
     if "help" not in flags.FLAGS:
         app.define_help_flags()
     try:
