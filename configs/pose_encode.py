@@ -1,6 +1,6 @@
 """Neural Isometries on posed video: an autoencoder whose latents turn camera motion into isometries.
 
-Claim (Neural Isometries, §6.3 and tables 3-4): maps τ between the latents of two frames of a CO3Dv2 video commute with a learned
+Claim (Neural Isometries, table 4): maps τ between the latents of two frames of a CO3Dv2 video commute with a learned
 operator and carry one frame to the other; a head later reads relative camera poses off them.
 Expected: equivariance error on held-out pairs 5.25 / 5.84 / 7.44 / 8.23 / 8.79 / 9.24 % at frame skips 0 / 1 / 3 / 5 / 7 / 9.
 Cost: the paper reports 12 hours on one A6000 for 200,000 steps of 8 pairs.

@@ -29,7 +29,7 @@ class Autoencoder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoencode(Task):
-    """Pairwise regime: L = L_R + α L_E + β L_M (§4 of the paper), every term a mean of absolute values.
+    """Pairwise regime: L = L_R + α L_E + β L_M (Neural Isometries), every term a mean of absolute values.
 
     Fields:
       size, channels: the observation, size x size x channels.
