@@ -1,6 +1,6 @@
 """The learned operator Ω = Φ Λ Φᵀ M through its spectrum, and isometries that commute with it.
 
-Mitchel, Taylor, Sitzmann, Neural Isometries (NeurIPS 2024), arXiv 2405.19296. Everything here is float32 whatever the networks compute in.
+Mitchel, Taylor, Sitzmann, Neural Isometries (NeurIPS 2024). Everything here is float32 whatever the networks compute in.
 """
 
 import dataclasses
