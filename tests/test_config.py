@@ -25,7 +25,7 @@ from tests.test_bad_input import forget_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-TASKS = sorted(path.stem for path in pathlib.Path(tasks.__path__[0]).glob("*.py") if path.stem not in ("__init__", "base"))
+TASKS = sorted(path.stem for path in pathlib.Path(tasks.__path__[0]).glob("*.py") if path.stem not in task_base.SHARED)
 
 
 def module(name: str) -> ModuleType:

@@ -1,7 +1,6 @@
 """Neural Isometries from pairs: an autoencoder whose latent space turns the change between two views into an isometry."""
 
 import dataclasses
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -9,13 +8,13 @@ from flax import nnx
 from jax import Array
 
 import niso.figures as figures
-from niso.errors import UserError
 from niso.geometry import spectrum as spectral
 from niso.geometry.spectrum import apply_isometry
 from niso.metrics import Mean, Metrics
 from niso.models.autoencoder import Decoder, Encoder
 from niso.models.operator import LatentMaps, Learned, NoOperator, Operator
-from niso.tasks.base import Batch, Rules, Task
+from niso.tasks.base import Batch, Rules
+from niso.tasks.latent import Latent, scaled
 
 
 class Autoencoder(nnx.Module):
@@ -28,69 +27,25 @@ class Autoencoder(nnx.Module):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Autoencode(Task):
+class Autoencode(Latent):
     """Pairwise regime: L = L_R + α L_E + β L_M (Neural Isometries), every term a mean of absolute values.
 
     Fields:
-      size, channels: the observation, size x size x channels.
-      widths, blocks, latent_channels: levels of the encoder, residual blocks in each, d.
-      operator: learn Ω; False is the ablation without it.
-      rank: k, at most the number of latent grid points. eigenvalues: "cumulative" or "clustered" (Operator).
-      group: "O" (paper) or "SO" (reference code). ridge, damping: of the projection (geometry.polar).
       alpha, beta: α, β. both_directions: L_E of τ and of τ⁻¹, summed (reference code); False: of τ (paper).
       skips: frame skips whose equivariance error is reported separately.
-      dtype: of the networks; operator and solve are float32. remat: recompute residual blocks in the backward pass.
     """
 
-    size: int
-    channels: int
-    widths: tuple[int, ...]
-    blocks: int
-    latent_channels: int
-    operator: bool
-    rank: int
-    eigenvalues: str
-    group: str
-    ridge: float
-    damping: float
     alpha: float
     beta: float
     both_directions: bool
     skips: tuple[int, ...]
-    dtype: str
-    remat: bool
-
-    def __post_init__(self) -> None:
-        for key, allowed in {
-            "eigenvalues": ("cumulative", "clustered"), "group": ("O", "SO"), "dtype": ("float32", "bfloat16"),
-        }.items():  # fmt: skip
-            if getattr(self, key) not in allowed:
-                raise UserError(f"task.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
-        for key in ("channels", "blocks", "latent_channels"):
-            if getattr(self, key) < 1:
-                raise UserError(f"task.{key}={getattr(self, key)}: must be at least 1")
-        if not self.widths or min(self.widths) < 1 or self.size % 2 ** (len(self.widths) - 1):
-            raise UserError(f"task.size={self.size} cannot be halved between the {len(self.widths)} levels of task.widths")
-        if self.operator and not 1 <= self.rank <= self.edge**2:
-            raise UserError(
-                f"task.rank={self.rank}: the latent grid has {self.edge} x {self.edge} = {self.edge**2} points, "
-                f"choose a rank from 1 to {self.edge**2}"
-            )
-
-    @property
-    def edge(self) -> int:
-        """Edge of the latent grid, points."""
-        return self.size // 2 ** (len(self.widths) - 1)
 
     def init_model(self, rngs: nnx.Rngs) -> Autoencoder:
-        sizes = (self.channels, self.widths, self.blocks, self.latent_channels)
-        options: dict[str, Any] = {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "rngs": rngs}
-        operator = Operator(self.edge**2, self.rank, self.eigenvalues, rngs=rngs) if self.operator else NoOperator()
-        return Autoencoder(Encoder(*sizes, **options), Decoder(*sizes, **options), operator)
+        operator = self.init_operator(rngs)
+        return Autoencoder(self.init_encoder(rngs), self.init_decoder(rngs), operator)
 
     def rules(self) -> Rules:
-        operator = (("operator/basis", ("space", None)), ("operator/mass", ("space",)), ("operator/eigenvalue", (None,)))
-        return (*(operator if self.operator else ()), ("(encoder|decoder)/.*", ()))
+        return (*self.operator_rules(), ("(encoder|decoder)/.*", ()))
 
     def loss(self, model: Autoencoder, batch: Batch) -> tuple[Array, Metrics]:
         pair = self._encode(model, batch)
@@ -152,22 +107,13 @@ class Autoencode(Task):
     def _encode(self, model: Autoencoder, batch: Batch) -> "_Pair":
         frames_BxTxHxWxC = batch["frames_BxTxHxWxC"]
         if frames_BxTxHxWxC.dtype == jnp.uint8:
-            frames_BxTxHxWxC = frames_BxTxHxWxC.astype(jnp.float32) / 127.5 - 1.0
-        examples, views, *observation = frames_BxTxHxWxC.shape
-        if observation != [self.size, self.size, self.channels]:
-            raise UserError(
-                f"frames are {observation}, but task.size={self.size} and task.channels={self.channels}: make them agree"
-            )
-        z_PxHxWxC = model.encoder(frames_BxTxHxWxC.reshape(examples * views, *frames_BxTxHxWxC.shape[2:]))
+            frames_BxTxHxWxC = scaled(frames_BxTxHxWxC)
+        examples, views = frames_BxTxHxWxC.shape[:2]
         maps = model.operator.maps()
-        coefficient_PxKxC = maps.project(z_PxHxWxC.reshape(examples * views, -1, self.latent_channels))
+        coefficient_PxKxC = self.encode(model, maps, frames_BxTxHxWxC.reshape(-1, *frames_BxTxHxWxC.shape[2:]))
         coefficient_BxTxKxC = coefficient_PxKxC.reshape(examples, views, *coefficient_PxKxC.shape[1:])
         first_BxKxC, second_BxKxC = coefficient_BxTxKxC[:, 0], coefficient_BxTxKxC[:, 1]
-        tau_BxKxK = spectral.solve_isometry(first_BxKxC, second_BxKxC, maps.mask_KxK, self._procrustes)
-        return _Pair(frames_BxTxHxWxC, maps, first_BxKxC, second_BxKxC, tau_BxKxK)
-
-    def _procrustes(self, x_BxKxK: Array) -> Array:
-        return self.procrustes(x_BxKxK, special=self.group == "SO", ridge=self.ridge, damping=self.damping)
+        return _Pair(frames_BxTxHxWxC, maps, first_BxKxC, second_BxKxC, self.isometry(maps, first_BxKxC, second_BxKxC))
 
     def _decode(self, model: Autoencoder, maps: LatentMaps, coefficient_BxKxC: Array) -> Array:
         z_BxNxC = maps.unproject(coefficient_BxKxC)

@@ -15,6 +15,7 @@ from niso.geometry.spectrum import Procrustes
 from niso.metrics import Metrics
 
 Batch = dict[str, Array]
+SHARED = ("__init__", "base", "latent")  # files of tasks/ that hold no task
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
@@ -71,7 +72,7 @@ def load(name: str) -> type[Task]:
     Raises:
       UserError: no such file.
     """
-    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in ("__init__", "base"))
+    files = sorted(path.stem for path in Path(__file__).parent.glob("*.py") if path.stem not in SHARED)
     if name not in files:
         raise UserError(f"task.name={name!r}: there is no task of that name; there are {', '.join(files)}")
     return getattr(importlib.import_module(f"niso.tasks.{name}"), "".join(part.capitalize() for part in name.split("_")))
