@@ -15,7 +15,9 @@ ROOT = pathlib.Path(__file__).parents[1]
 Sources = dict[str, str]  # module -> text
 
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
-BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"}
+BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
+    "niso.trajectories", "niso.trajectory_figure",
+}  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal", "niso.optimizer", "niso.sharding",
     "niso.step", "niso.telemetry",
@@ -25,11 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.errors": set(),
     "niso.canvas": {"niso.errors"},
     "niso.figures": {"niso.canvas", "niso.errors"},
+    "niso.trajectories": {"niso.errors", "niso.geometry"},
+    "niso.trajectory_figure": {"niso.canvas", "niso.errors", "niso.geometry", "niso.trajectories"},
     "niso.geometry": {"niso.errors"},
     "niso.metrics": {"niso.errors"},
     "niso.rng": {"niso.errors"},
     "niso.tree": {"niso.errors"},
     "niso.data": {"niso.errors"},
+    "niso.data.split": {"niso.data", "niso.errors", "niso.geometry.camera"},  # numpy alone: workers know no jax
     "niso.models": {"niso.errors", "niso.geometry"},
     "niso.tasks": {"niso.errors", "niso.geometry", "niso.metrics", "niso.figures", "niso.models", "niso.data.transforms"},
     **{module: BELOW | THREE | {"niso.tasks.base"} for module in THREE},
@@ -46,6 +51,8 @@ LIBRARIES: dict[str, set[str]] = {
     "niso.errors": set(),
     "niso.canvas": {"numpy", "PIL"},
     "niso.figures": {"numpy", "PIL"},
+    "niso.trajectories": {"numpy"},
+    "niso.trajectory_figure": {"numpy", "PIL"},
     "niso.geometry": {"jax", "numpy"},
     "niso.metrics": {"jax"},
     "niso.rng": {"jax"},
