@@ -1,0 +1,230 @@
+"""How long the train step of every config takes to compile and to run, what it holds, and how far it is from the machine's peak.
+
+  python -m tests.benchmarks.train_step --batch 8 --dtype bfloat16 --json step.json
+  python -m tests.benchmarks.train_step --configs pose_encode --set task.ridge=1e-4 task.group=SO
+
+The `paper` variant on random frames: no records are read. Memory and TFLOP/s are those of one device; GFLOP is the whole step's
+mathematics, without what rematerialisation does twice. MFU is TFLOP/s over a peak: that of a matmul in the network's dtype,
+measured in the same run, and (bfloat16) the nominal one of the device's data sheet. The persistent compilation cache, if it is
+on, makes compile_s the time to read it.
+"""
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import importlib
+import pathlib
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+import configs
+from niso import sharding
+from niso.config import Experiment, flat
+from niso.errors import UserError
+from niso.step import Program, TrainState
+from tests.benchmarks import timing
+
+# Dense bfloat16 TFLOP/s of one device, by the name that jax gives it. H100 (SXM), H200 (SXM) and A100: NVIDIA's data sheets, half
+# of the 1,979 and 624 that they print for sparse matrices. TPUs: "peak compute per chip" on the Cloud TPU documentation's pages
+# v4, v5e, v5p and v6e. float32 is left out: at the default precision it runs as TF32 on GPUs and as bfloat16 on TPUs.
+NOMINAL_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0,
+    "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
+    "TPU v4": 275.0, "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5": 459.0, "TPU v5p": 459.0,
+    "TPU v6 lite": 918.0, "TPU v6e": 918.0,
+}  # fmt: skip
+# Products in a row between two looks at the clock, and the edges of the matmuls whose fastest is the measured peak.
+PEAK_ON_CPU = (1, (1024, 2048))
+PEAK_ELSEWHERE = (10, (2048, 4096, 8192))
+COLUMNS = {
+    "config": 12, "dtype": 8, "batch": 5, "compile_s": 9, "step_ms": 8, "temporary_mb": 12, "argument_mb": 11, "gflop": 7,
+    "tflops": 6, "peak": 6, "mfu_%": 5, "nominal": 7, "mfu_nominal_%": 13,
+}  # fmt: skip
+
+
+def names() -> list[str]:
+    """The experiments that there are: one file each in configs/."""
+    folder = pathlib.Path(configs.__path__[0])
+    return sorted(path.stem for path in folder.glob("*.py") if path.stem != "__init__")
+
+
+def experiment(name: str, settings: Sequence[str]) -> Experiment:
+    """The paper variant of a config, with `key=value` overrides.
+
+    Raises:
+      UserError: no such config, no such key, a value of another type, or a combination that cannot be.
+    """
+    if name not in names():
+        raise UserError(f"--configs {name}: there is no configs/{name}.py; there are {', '.join(names())}")
+    config = importlib.import_module(f"configs.{name}").get_config("paper")
+    known = flat(config.to_dict())
+    for setting in settings:
+        key, equals, text = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting}: settings are written key=value, as in task.ridge=1e-4")
+        if key not in known:
+            near = difflib.get_close_matches(key, known, 1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise UserError(f"--set {setting}: the config {name} has no key {key}; {hint}")
+        try:
+            config.update_from_flattened_dict({key: text if isinstance(known[key], str) else _literal(text)})
+        except (TypeError, ValueError):
+            raise UserError(f"--set {setting}: {key} is {known[key]!r} in the config, and keeps that type") from None
+    return Experiment.from_config(config)
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def program(e: Experiment, mesh: Mesh) -> Program:
+    """The experiment's Program, without its records."""
+    return Program(e, mesh, e.data.batch_shapes(e.batch))
+
+
+def random_batch(p: Program) -> dict[str, Array]:
+    """A batch of random numbers on the mesh: bytes over their whole range, other integers 0 or 1, floats around 1."""
+    random = np.random.default_rng(0)
+
+    def draw(shape: jax.ShapeDtypeStruct) -> np.ndarray:
+        if jnp.issubdtype(shape.dtype, jnp.integer):
+            return random.integers(0, 256 if shape.dtype == np.uint8 else 2, shape.shape, shape.dtype)
+        return random.uniform(0.5, 1.5, shape.shape).astype(shape.dtype)
+
+    host = {name: draw(shape) for name, shape in p.batch_shapes.items()}
+    return sharding.place_batch(p.batch_sharding, host, p.experiment.batch)
+
+
+def step_flops(e: Experiment) -> float:
+    """Floating-point operations of one update, from the program before compilation, all devices together.
+
+    Traced for one CPU, whose count is complete: a GPU's own leaves out what cuBLAS and cuDNN do (jax issues 16008, 22249).
+    Without rematerialisation and in one micro-batch: a loop's body would be counted once. LAPACK's work is not counted.
+    """
+    task: Any = e.task
+    if hasattr(task, "remat"):
+        task = dataclasses.replace(task, remat=False)
+    plain = dataclasses.replace(e, task=task, optimizer=dataclasses.replace(e.optimizer, accumulate=1))
+    try:
+        cpu = jax.devices("cpu")
+    except RuntimeError:
+        raise UserError("operations are counted on the CPU, which JAX_PLATFORMS leaves out: set JAX_PLATFORMS=cuda,cpu") from None
+    p = program(plain, Mesh(np.array(cpu[:1]).reshape(1, 1), sharding.AXES))
+    cost = p.train.lower(p.state_shapes, p.batch_shapes).cost_analysis()
+    return float(cast(dict, cost)["flops"])
+
+
+@functools.cache
+def matmul_peak(dtype: str) -> float:
+    """TFLOP/s of the fastest square matmul on the first device, at the precision that networks run at."""
+    count, sizes = PEAK_ON_CPU if jax.default_backend() == "cpu" else PEAK_ELSEWHERE
+    multiply = jax.jit(jnp.matmul)
+
+    def products(x_NxN: Array) -> Array:
+        y_NxN = x_NxN
+        for _ in range(count):
+            y_NxN = multiply(y_NxN, x_NxN)
+        return y_NxN
+
+    # Random numbers, as zeros cost less power and run faster; of variance 1/size, so that a product is as large as its factors.
+    factors = {size: (jax.random.normal(jax.random.key(0), (size, size)) / size**0.5).astype(dtype) for size in sizes}
+    times = timing.times_ms({size: functools.partial(products, x_NxN) for size, x_NxN in factors.items()}, 5)
+    return max(count * 2 * size**3 / min(taken) / 1e9 for size, taken in times.items())
+
+
+def measure(name: str, e: Experiment, rounds: int) -> dict[str, Any]:
+    """One row of the table."""
+    mesh = sharding.make_mesh(e.mesh)
+    p = program(e, mesh)
+    flops = step_flops(e)
+    start = time.perf_counter()
+    lowered = p.train.lower(p.state_shapes, p.batch_shapes)
+    lower_s = time.perf_counter() - start
+    compiled = lowered.compile()
+    compile_s = time.perf_counter() - start - lower_s
+    memory = compiled.memory_analysis()
+    batch = random_batch(p)
+    state: TrainState = p.init({})
+
+    def step() -> Any:
+        nonlocal state  # donated: the next step needs the one that came back
+        state, window = compiled(state, batch)
+        return state, window
+
+    step_ms = timing.median_ms({"step": step}, rounds)["step"]
+    dtype = getattr(e.task, "dtype", "float32")
+    tflops = flops / mesh.size / step_ms / 1e9
+    peak = matmul_peak(dtype)
+    nominal = NOMINAL_TFLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
+    return {
+        "config": name, "dtype": dtype, "batch": e.batch, "remat": getattr(e.task, "remat", None), "devices": mesh.size,
+        "lower_s": lower_s, "compile_s": compile_s, "step_ms": step_ms,
+        "temporary_bytes": memory and memory.temp_size_in_bytes, "argument_bytes": memory and memory.argument_size_in_bytes,
+        "gflop": flops / 1e9, "tflops": tflops, "peak_tflops": peak, "mfu": tflops / peak,
+        "nominal_tflops": nominal, "mfu_nominal": nominal and tflops / nominal,
+    }  # fmt: skip
+
+
+def print_row(row: dict[str, Any]) -> None:
+    """A row of `measure`, in the units of the table."""
+    shown = row | {"peak": row["peak_tflops"], "nominal": row["nominal_tflops"]}
+    for column, field, scale in (
+        ("temporary_mb", "temporary_bytes", 1e-6), ("argument_mb", "argument_bytes", 1e-6), ("mfu_%", "mfu", 100.0),
+        ("mfu_nominal_%", "mfu_nominal", 100.0),
+    ):  # fmt: skip
+        shown[column] = None if row[field] is None else scale * row[field]
+    timing.print_line([shown[column] for column in COLUMNS], list(COLUMNS.values()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures, prints and writes; returns the exit code (0, or 2 for a user's mistake)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = _parser().parse_args(given)
+    settings = [f"batch={arguments.batch}"]
+    settings += [f"task.dtype={arguments.dtype}"] if arguments.dtype else []
+    settings += ["task.remat=True"] if arguments.remat else []
+    chosen = names() if arguments.configs == "all" else arguments.configs.split(",")
+    try:
+        experiments = {name: experiment(name, settings + arguments.set) for name in chosen}
+        timing.print_surroundings()
+        timing.print_line(list(COLUMNS), list(COLUMNS.values()))
+        rows = []
+        for name, e in experiments.items():
+            rows.append(measure(name, e, arguments.rounds))
+            print_row(rows[-1])
+    except UserError as error:
+        print(f"niso: {error}", file=sys.stderr)
+        return 2
+    timing.write(arguments.json, given, rows)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "python -m tests.benchmarks.train_step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--configs", default="all", help="names of configs/*.py with commas between, default all")
+    parser.add_argument("--batch", type=timing.positive, default=2, help="examples in a step, over all devices, default 2")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks, default the config's")
+    parser.add_argument("--remat", action="store_true", help="recompute residual blocks in the backward pass")
+    parser.add_argument("--rounds", type=timing.positive, default=5, help="steps measured, default 5")
+    parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of config keys")
+    parser.add_argument("--json", type=timing.json_file, help="file that gets the rows as JSON")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())
