@@ -39,6 +39,8 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "records": "records/co3d",
         "twin": "",
         "size": 144,
+        "views": 2,
+        "poses": False,
         "max_skip": 9,
         "test_skips": (0, 1, 3, 5, 7, 9),
         "test_every": 97,  # of the 1.7 million test pairs; prime, so that it meets every frame of a video

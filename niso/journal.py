@@ -32,15 +32,15 @@ class Journal:
         e, mesh = self.program.experiment, self.program.mesh
         hparams: dict[str, Any] = {k: v for k, v in flat(e.resolved).items() if isinstance(v, int | float | str | bool)}
         self.telemetry.config(json.dumps(e.resolved, indent=2), hparams)
-        cost = self.dataset.bytes_per_pair()
+        cost = self.dataset.bytes_per_example()
         self.telemetry.say(
             f"{e.experiment}:{e.variant}: {tree.count(self.program.parameter_shapes):,} parameters on {mesh.size} "
             f"{jax.default_backend()} device(s), mesh data {mesh.shape['data']} x space {mesh.shape['space']}; "
             f"{'resuming at' if start else 'from'} step {start}"
         )
         self.telemetry.say(
-            f"{self.dataset.train_size:,} training pairs, {self.dataset.test_size:,} test pairs; one pair reads "
-            f"{cost['disk'] / 1e3:.1f} kB and sends {cost['device'] / 1e3:.1f} kB to the device"
+            f"{self.dataset.train_size:,} training and {self.dataset.test_size:,} test examples, each a {e.data.example}; "
+            f"one reads {cost['disk'] / 1e3:.1f} kB and sends {cost['device'] / 1e3:.1f} kB to the device"
         )
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -70,7 +70,7 @@ class Journal:
         return self.workdir / "figures" / f"step_{step:08d}"
 
     def _draw(self, step: int, state: TrainState) -> None:
-        """Figures of test pairs, and of training pairs where they differ (an operator has no pairs), named train_*."""
+        """Figures of test examples, and of training ones where they differ (an operator's do not), named train_*."""
         count = self.program.experiment.log.figure_examples
         batches = [self.dataset.figure_batch(count), self.dataset.figure_batch(count, train=True)]
         arrays, trained = (jax.device_get(self.program.inspect(state, batch)) for batch in batches)

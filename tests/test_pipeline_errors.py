@@ -9,7 +9,7 @@ from PIL import Image
 
 from niso.data import pipeline, transforms
 from niso.errors import UserError
-from tests.toy_records import TEST, TRAIN, data, flat, jpeg, message, train, write_records
+from tests.toy_records import TEST, TRAIN, data, flat, jpeg, message, pose, train, write_records
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +32,14 @@ def test_error_lines(root, tmp_path):
     line = told(twin="huge", records="")
     assert "unknown twin 'huge'" in line and "tiny, small, full" in line
     assert "data.twin=tiny" in told(twin="tiny")
+    assert "config.data.views is 1: it must be at least 2" in told(views=1)
     assert "config.data.max_skip is -1" in told(max_skip=-1)
     assert "config.data.test_every is 0" in told(test_every=0)
     assert "test_skips" in told(test_skips=()) and "test_skips" in told(test_skips=(1, 1))
     assert "test split" in told(test_skips=(90,)) and "92 frames" in told(test_skips=(90,))
+    assert "train split" in told(views=8) and "has no window of 8 frames: none of its 6 sequences has 8 frames" in told(views=8)
+    line = told(views=4, test_skips=(2,))
+    assert "test split" in line and "none of its 3 sequences has 10 frames" in line
 
 
 def test_splits_without_pairs(tmp_path):
@@ -55,6 +59,26 @@ def test_errors_of_threads_are_the_users_own(tmp_path, threads):
     gone = write_records(tmp_path / "c", {"train": (3,), "test": (3,)})
     pathlib.Path(gone, "train-00000-of-00002.array_record").unlink()
     assert "train-00000" in message(lambda: train(gone, threads=threads))
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+@pytest.mark.parametrize("broken", [np.nan, np.inf])
+def test_a_pose_that_is_not_finite_names_its_sequence(tmp_path, threads, broken):
+    def one_broken(sequence: int, frame: int) -> np.ndarray:
+        return np.full((4, 4), broken) if (sequence, frame) == (1, 3) else pose(sequence, frame)
+
+    root = write_records(tmp_path / "toy", {"train": (5, 5, 5), "test": TEST}, pose=one_broken)
+    dataset = pipeline.open_dataset(data(root, threads=threads))
+    lines = [
+        message(lambda: train(root, views=3, poses=True, threads=threads, steps=20)),
+        message(lambda: dataset.read_sequence("train", 1)),
+        message(lambda: dataset.poses("train")),
+    ]
+    for line in lines:
+        assert "a camera pose of sequence s1 (in record 3 of " in line and "train-00001" in line and "is not finite" in line
+    assert len(train(root, threads=threads, steps=20)) == 20  # pairs do not look at it
+    assert dataset.read_sequence("train", 1, slice(3))[1].shape == (3, 4, 4)
+    assert len(dataset.poses("test")) == len(TEST)
 
 
 def test_defects_keep_their_type(root, monkeypatch):

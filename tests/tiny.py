@@ -32,13 +32,8 @@ def experiment(**overrides: Any) -> Experiment:
 
 
 def shapes(e: Experiment) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Names, shapes and types of a pair batch, as the pipeline declares them."""
-    size, batch = e.data.size, e.batch
-    return {
-        "frames_BxTxHxWxC": ((batch, 2, size, size, 3), np.uint8),
-        "skip_B": ((batch,), np.int32),
-        "weight_B": ((batch,), np.float32),
-    }
+    """Names, shapes and types of a batch, as the pipeline declares them."""
+    return e.data.batch_shapes(e.batch)
 
 
 @functools.cache

@@ -1,7 +1,7 @@
 """Small folders of records for the tests of the pipeline, and what a batch of them shows.
 
 Every frame is one flat colour that says which sequence and frame number it is, so a decoded batch proves which frames
-were read.
+were read; and has a pose of its own, so a batch's poses prove it too.
 """
 
 import dataclasses
@@ -38,7 +38,17 @@ def noisy(sequence: int, frame: int, size: int) -> bytes:
     return jpeg(np.clip(np.asarray(smooth) + rng.normal(0, 6, (size, size, 1)), 0, 255).astype(np.uint8))
 
 
-def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: int = SIZE, picture=flat) -> str:
+def pose(sequence: int, frame: int) -> np.ndarray:
+    """A rigid camera-to-world pose of its own for every frame, far from the world's origin as some videos are."""
+    rng = np.random.default_rng((sequence, frame))
+    pose_4x4 = np.eye(4)
+    pose_4x4[:3, :3] = np.linalg.qr(rng.normal(size=(3, 3)))[0]
+    pose_4x4[:3, 0] *= np.linalg.det(pose_4x4[:3, :3])
+    pose_4x4[:3, 3] = 1e5 + rng.normal(size=3)
+    return pose_4x4
+
+
+def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: int = SIZE, picture=flat, pose=pose) -> str:
     """A folder of records of sequences of these lengths, dealt to two shards per split."""
     root.mkdir()
     shards: dict[str, tuple[records.Shard, ...]] = {}
@@ -53,7 +63,7 @@ def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: 
                     for frame in range(lengths[s]):
                         example = {
                             "image_jpeg": picture(s, frame, size),
-                            "camera_to_world_4x4": np.eye(4),
+                            "camera_to_world_4x4": pose(s, frame),
                             "intrinsics_3x3": np.eye(3),
                             "frame_number": np.int64(frame),
                         }
@@ -67,7 +77,7 @@ def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: 
 
 def data(root: str, **changes) -> pipeline.Data:
     toy = pipeline.Data(
-        dataset="co3d", records=root, twin="", size=SIZE, max_skip=3, test_skips=SKIPS, test_every=1,
+        dataset="co3d", records=root, twin="", size=SIZE, views=2, poses=False, max_skip=3, test_skips=SKIPS, test_every=1,
         threads=2, prefetch=4, workers=0,
     )  # fmt: skip
     return dataclasses.replace(toy, **changes)
@@ -82,14 +92,14 @@ def shown(batch: pipeline.Batch) -> list[tuple[int, int, int]]:
     code_BxTx2 = (frames.mean(axis=(2, 3))[..., :2] - 10) / STEP
     assert np.abs(code_BxTx2 - code_BxTx2.round()).max() < 0.2
     sequence_BxT, frame_BxT = np.moveaxis(code_BxTx2.round().astype(int), -1, 0)
-    assert (sequence_BxT[:, 0] == sequence_BxT[:, 1]).all()
-    skip_B = frame_BxT[:, 1] - frame_BxT[:, 0] - 1
-    assert skip_B.tolist() == batch["skip_B"].tolist()
+    assert (sequence_BxT == sequence_BxT[:, :1]).all()
+    assert (np.diff(frame_BxT) == batch["skip_B"][:, None] + 1).all()
+    skip_B = batch["skip_B"]
     return list(zip(sequence_BxT[:, 0].tolist(), frame_BxT[:, 0].tolist(), skip_B.tolist(), strict=True))
 
 
-def by_hand(lengths, skips) -> set[tuple[int, int, int]]:
-    return {(s, a, k) for s, n in enumerate(lengths) for k in skips for a in range(n) if a + k + 1 < n}
+def by_hand(lengths, skips, views=2) -> set[tuple[int, int, int]]:
+    return {(s, a, k) for s, n in enumerate(lengths) for k in skips for a in range(n) if a + (views - 1) * (k + 1) < n}
 
 
 def train(root: str, *, batch=4, seed=0, start=0, steps=8, rows=slice(None), **changes) -> list[pipeline.Batch]:

@@ -1,6 +1,6 @@
-"""Records to host batches of frame pairs.
+"""Records to host batches of windows of frames, such as pairs.
 
-The training stream is a function of (seed, position).  Pair numbers are shuffled globally, repeated and batched, each
+The training stream is a function of (seed, position).  Window numbers are shuffled globally, repeated and batched, each
 host takes its rows of the batch, and only then are frames read and decoded.  So a host touches no frame it does not
 use, resuming costs nothing, and neither threads, workers nor hosts change a batch.
 """
@@ -8,21 +8,21 @@ use, resuming costs nothing, and neither threads, workers nor hosts change a bat
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
+from typing import Any
 
 import grain.python as grain
 import numpy as np
 
-from niso.data import datasets, records, synthetic, transforms
-from niso.data.pairs import Pairs
+from niso.data import datasets, records, synthetic
+from niso.data.split import Batch, Split, describe
+from niso.data.windows import Windows
 from niso.errors import UserError
 
-Batch = dict[str, np.ndarray]
 Rows = slice | Sequence[int]
 
-# What the reference implementation moves to the device for one pair: the whole video, padded to the longest one.
-REFERENCE_BYTES_PER_PAIR = 12_600_000
+# What the reference implementation moves to the device for one example: the whole video, padded to the longest one.
+REFERENCE_BYTES = 12_600_000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,9 +34,11 @@ class Data:
         records: Folder of records, when twin is "".
         twin: "" or the built-in twin to use instead: "tiny", "small" or "full", made into the cache folder if absent.
         size: Edge of the frames in pixels; must be the records' own.
-        max_skip: Training pairs have 0..max_skip frames between them.
-        test_skips: Frames between the pairs that are evaluated.
-        test_every: Every n-th pair of the test split is evaluated.
+        views: T, frames of an example: 2 for pairs; more for runs of T - 1 consecutive pairs with one skip.
+        poses: Whether batches have relative camera poses.
+        max_skip: Training examples have 0..max_skip frames between two neighbouring views.
+        test_skips: Frames between neighbouring views of the examples that are evaluated.
+        test_every: Every n-th example of the test split is evaluated.
         threads: Threads that read and decode, in each process that does; more than `prefetch` have nothing to do.
         prefetch: Batches read ahead.
         workers: Processes that read and decode; 0 for threads of this one.  Needs parsed absl flags and a main guard.
@@ -46,6 +48,8 @@ class Data:
     records: str
     twin: str
     size: int
+    views: int
+    poses: bool
     max_skip: int
     test_skips: tuple[int, ...]
     test_every: int
@@ -53,55 +57,38 @@ class Data:
     prefetch: int
     workers: int
 
+    @property
+    def example(self) -> str:
+        """What an example is, in words."""
+        return describe(self.views)
 
-@dataclasses.dataclass(frozen=True)
-class _Split:
-    """Pairs of one split and the means to read their frames; can be pickled for a worker process."""
-
-    reader: records.Reader
-    pairs: Pairs
-    size: int
-
-    def examples(self, where_3xB: np.ndarray) -> Iterator[tuple[int, int, str, records.Example]]:
-        """(b, t, the record's name, the record) of both frames t of every pair b, read one pair after the other."""
-        for b, (sequence, start, skip) in enumerate(where_3xB.T.tolist()):
-            video = self.reader.sequences[sequence]
-            first = video.start + start
-            numbers = [first, first + skip + 1]
-            for t, (number, example) in enumerate(zip(numbers, self.reader.read(video.shard, numbers), strict=True)):
-                yield b, t, f"record {number} of {self.reader.root / video.shard}", example
-
-    def batch(self, where_3xB: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the pairs at these (sequence, start, skip), read and decoded."""
-        frames_BxTxHxWxC = np.empty((len(weight_B), 2, self.size, self.size, 3), np.uint8)
-        for b, t, name, example in self.examples(where_3xB):
-            frame_HxWxC = transforms.decode_jpeg(cast(bytes, example["image_jpeg"]), name)
-            if frame_HxWxC.shape != frames_BxTxHxWxC.shape[2:]:
-                height, width, _ = frame_HxWxC.shape
-                size = f"{width}x{height} pixels, its manifest says {self.size}"
-                raise UserError(f"the picture in {name} has {size}: prepare the records again")
-            frames_BxTxHxWxC[b, t] = frame_HxWxC
-        return {
-            "frames_BxTxHxWxC": frames_BxTxHxWxC,
-            "skip_B": where_3xB[2].astype(np.int32),
-            "weight_B": weight_B.astype(np.float32),
+    def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """(shape, dtype) of every entry of a batch of that many examples."""
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            "frames_BxTxHxWxC": ((batch, self.views, self.size, self.size, 3), np.dtype(np.uint8)),
+            "skip_B": ((batch,), np.dtype(np.int32)),
+            "weight_B": ((batch,), np.dtype(np.float32)),
         }
+        if self.poses:
+            shapes["relative_BxPx4x4"] = ((batch, self.views - 1, 4, 4), np.dtype(np.float32))
+        return shapes
 
 
 @dataclasses.dataclass(frozen=True)
 class _ReadRows:
     """Maps the addresses of a global batch to this host's rows of the batch itself."""
 
-    split: _Split
+    split: Split
     rows: Rows
 
     def __call__(self, address: Batch) -> Batch:
-        return self.split.batch(self.split.pairs.locate(address["pair_B"][self.rows]), address["weight_B"][self.rows])
+        where_3xB = self.split.windows.locate(address["window_B"][self.rows])
+        return self.split.batch(where_3xB, address["weight_B"][self.rows])
 
 
 @dataclasses.dataclass(frozen=True)
 class _TestAddresses:
-    """Addresses of the test batches: every n-th pair once, in order; copies of the last one at weight 0 fill up."""
+    """Addresses of the test batches: every n-th window once, in order; copies of the last one at weight 0 fill up."""
 
     size: int
     every: int
@@ -112,11 +99,11 @@ class _TestAddresses:
 
     def __getitem__(self, n: int) -> Batch:
         position_B = n * self.batch + np.arange(self.batch)
-        return {"pair_B": self.every * np.minimum(position_B, self.size - 1), "weight_B": position_B < self.size}
+        return {"window_B": self.every * np.minimum(position_B, self.size - 1), "weight_B": position_B < self.size}
 
 
-def _train_addresses(pairs: Sequence[int]) -> Batch:
-    return {"pair_B": np.asarray(pairs), "weight_B": np.ones(len(pairs))}
+def _train_addresses(windows: Sequence[int]) -> Batch:
+    return {"window_B": np.asarray(windows), "weight_B": np.ones(len(windows))}
 
 
 class Batches:
@@ -165,31 +152,27 @@ class Batches:
 
 
 class PairDataset:
-    """Pairs of frames from the two splits of a folder of records; `open_dataset` makes it.
+    """Examples from the two splits of a folder of records, pairs of frames or runs of pairs; `open_dataset` makes it.
 
-    A batch is {"frames_BxTxHxWxC": uint8 RGB, T = 2, "skip_B": int32, frames between the two, "weight_B": float32, 1
-    or 0 for padding}.  `rows` are the rows of the global batch that this host wants, in that order.
+    A batch is {"frames_BxTxHxWxC": uint8 RGB, "skip_B": int32, frames between neighbouring views, "weight_B": float32,
+    1 or 0 for padding} and, with data.poses, "relative_BxPx4x4", P = T - 1: float32, camera t + 1 seen from camera t.
+    `rows` are the rows of the global batch that this host wants, in that order.
     """
 
-    def __init__(self, data: Data, train: _Split, test: _Split):
+    def __init__(self, data: Data, train: Split, test: Split):
         self.data = data
         self._train, self._test = train, test
-        self.train_size = train.pairs.size
-        self.test_size = -(-test.pairs.size // data.test_every)
+        self.train_size = train.windows.size
+        self.test_size = -(-test.windows.size // data.test_every)
 
     def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """(shape, dtype) of every entry of a batch of that many rows."""
-        size = self.data.size
-        return {
-            "frames_BxTxHxWxC": ((batch, 2, size, size, 3), np.dtype(np.uint8)),
-            "skip_B": ((batch,), np.dtype(np.int32)),
-            "weight_B": ((batch,), np.dtype(np.float32)),
-        }
+        """(shape, dtype) of every entry of a batch of that many examples."""
+        return self.data.batch_shapes(batch)
 
     def train_batches(self, *, batch: int, seed: int, start: int, steps: int, rows: Rows) -> Batches:
         """This host's rows of the global batches start .. steps - 1, each `batch` rows in all.
 
-        Every valid pair comes once per epoch, in an order of its own in each epoch; epochs follow each other without
+        Every valid example comes once per epoch, in an order of its own in each epoch; epochs follow each other without
         a gap, so a batch may be larger than an epoch.  Batch n depends on (seed, batch, n) alone.
         """
         # grain shuffles epoch e with seed + e: neighbouring seeds would walk through each other's epochs.
@@ -203,49 +186,76 @@ class PairDataset:
         return self._batches(addresses[start:steps], self._train, rows)
 
     def test_batches(self, *, batch: int, rows: Rows) -> Batches:
-        """This host's rows of the evaluated pairs: each of the test_size pairs once, in a fixed order.
+        """This host's rows of the evaluated examples: each of the test_size ones once, in a fixed order.
 
-        The last global batch is filled with copies of its last pair at weight 0.
+        The last global batch is filled with copies of its last example at weight 0.
         """
         addresses = grain.MapDataset.source(_TestAddresses(self.test_size, self.data.test_every, batch))
         return self._batches(addresses, self._test, rows)
 
     def figure_batch(self, count: int, train: bool = False) -> Batch:
-        """count fixed test (or training) pairs for figures, spread evenly over the split, its skips in turn; weights 1."""
+        """count fixed test (or training) examples for figures, spread evenly over the split, its skips in turn; weights 1."""
         split = self._train if train else self._test
-        pairs = split.pairs
-        by_skip = [one for skip in pairs.skip_K if (one := Pairs.of(pairs.length_S, [skip])).size]
-        # Pair n of count lies at the fraction (n + 1/2) / count of the pairs of its skip.
+        windows = split.windows
+        by_skip = [one for skip in windows.skip_K if (one := Windows.of(windows.length_S, [skip], windows.views)).size]
+        # Example n of count lies at the fraction (n + 1/2) / count of the examples of its skip.
         takes = [(by_skip[n % len(by_skip)], (2 * n + 1) / (2 * count)) for n in range(count)]
         where_3xB = np.concatenate([one.locate(np.array([int(at * one.size)])) for one, at in takes], axis=1)
         return split.batch(where_3xB, np.ones(count))
 
-    def bytes_per_pair(self, count: int = 64) -> dict[str, float]:
-        """Mean bytes per training pair: "disk" (its records as stored), "device" (its share of a batch), "reference".
+    def bytes_per_example(self, count: int = 64) -> dict[str, float]:
+        """Mean bytes per training example: "disk" (its records as stored), "device" (its share of a batch), "reference".
 
-        The first is measured by reading `count` pairs spread over the split; the last is what the published
+        The first is measured by reading `count` examples spread over the split; the last is what the published
         implementation moves.
         """
-        where_3xN = self._train.pairs.locate(np.linspace(0, self.train_size - 1, count).astype(np.int64))
-        schema = datasets.find(self.data.dataset).schema
-        whole = records.Reader(self._train.reader.root, self._train.reader.split, schema)
-        train = dataclasses.replace(self._train, reader=whole)
-        disk = sum(len(records.encode(example, schema)) for *_, example in train.examples(where_3xN))
+        train, disk = self._train, 0
+        where_3xN = train.windows.locate(np.linspace(0, self.train_size - 1, count).astype(np.int64))
+        for sequence, start, skip in where_3xN.T.tolist():
+            found = train.read(sequence, train.windows.frames(start, skip), train.schema)
+            disk += sum(len(records.encode(example, train.schema)) for _, example in found)
         device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.batch_shapes(1).values())
-        return {"disk": disk / count, "device": float(device), "reference": float(REFERENCE_BYTES_PER_PAIR)}
+        return {"disk": disk / count, "device": float(device), "reference": float(REFERENCE_BYTES)}
 
-    def _batches(self, addresses: grain.MapDataset, split: _Split, rows: Rows) -> Batches:
+    def sequences(self, split: str) -> list[records.Sequence]:
+        """The sequences of the "train" or "test" split, whatever their length; read_sequence and poses count them so."""
+        return list(self._split(split).reader.sequences)
+
+    def read_sequence(self, split: str, index: int, frames: Sequence[int] | slice | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(frames_TxHxWxC uint8 RGB, pose_Tx4x4 float64) of a sequence: all its frames, or those that numpy would index.
+
+        Poses are the records' own, OpenCV camera-to-world, whether or not batches have poses.
+
+        Raises:
+            UserError: a record is damaged, or a pose is not finite.
+            IndexError: no such sequence or frame: a defect of the caller.
+        """
+        return self._split(split).read_sequence(index, slice(None) if frames is None else frames, self.data.threads)
+
+    def poses(self, split: str) -> list[np.ndarray]:
+        """pose_Tx4x4 float64 of every sequence of a split; reads the split's files once, decodes no picture.
+
+        Raises:
+            UserError: a record is damaged, or a pose is not finite.
+        """
+        chosen = self._split(split)  # one thread: parsing holds the interpreter, more take longer
+        return [chosen.poses(index) for index in range(len(chosen.reader.sequences))]
+
+    def _split(self, name: str) -> Split:
+        return {"train": self._train, "test": self._test}[name]
+
+    def _batches(self, addresses: grain.MapDataset, split: Split, rows: Rows) -> Batches:
         data = self.data
         rows = rows if isinstance(rows, slice) else list(rows)
         return Batches(addresses.map(_ReadRows(split, rows)), data.threads, data.prefetch, data.workers)
 
 
 def open_dataset(data: Data) -> PairDataset:
-    """The pairs of data.records, or of the built-in twin, which is made first if need be.
+    """The examples of data.records, or of the built-in twin, which is made first if need be.
 
     Raises:
         UserError: a value out of range, an unknown dataset or twin; records that are missing, of another dataset or
-            size, or without a split; a split without a valid pair.
+            size, or without a split; a split without a valid example.
     """
     _check_ranges(data)
     row = datasets.find(data.dataset)
@@ -264,26 +274,14 @@ def open_dataset(data: Data) -> PairDataset:
     train, test = row.splits
     return PairDataset(
         data,
-        train=_open_split(root, manifest, train, row.schema, range(data.max_skip + 1)),
-        test=_open_split(root, manifest, test, row.schema, data.test_skips),
+        train=Split.open(root, train, row.schema, range(data.max_skip + 1), data.views, data.poses),
+        test=Split.open(root, test, row.schema, data.test_skips, data.views, data.poses),
     )
-
-
-def _open_split(root: pathlib.Path, manifest: records.Manifest, name: str, schema: records.Schema, skips: Sequence[int]) -> _Split:
-    if not manifest.splits.get(name):
-        raise UserError(f"the records in {root} have no {name} split: prepare them again, from more sequences")
-    # Parsing the poses too, which no pair uses, would cost a tenth of the whole.
-    reader = records.Reader(root, name, {"image_jpeg": schema["image_jpeg"]})
-    pairs = Pairs.of([sequence.length for sequence in reader.sequences], skips)
-    if not pairs.size:
-        needed = f"none of its {len(reader.sequences)} sequences has {min(skips) + 2} frames"
-        raise UserError(f"the {name} split of {root} has no pair of frames: {needed}, prepare longer videos")
-    return _Split(reader, pairs, manifest.size)
 
 
 def _check_ranges(data: Data) -> None:
     """Raises a UserError for a value that cannot be meant."""
-    least = {"size": 1, "max_skip": 0, "test_every": 1, "threads": 0, "prefetch": 0, "workers": 0}
+    least = {"size": 1, "views": 2, "max_skip": 0, "test_every": 1, "threads": 0, "prefetch": 0, "workers": 0}
     for name, minimum in least.items():
         if getattr(data, name) < minimum:
             raise UserError(f"config.data.{name} is {getattr(data, name)}: it must be at least {minimum}")

@@ -241,8 +241,10 @@ class Reader:
         vars(self).update(state)
         self._reset()
 
-    def read(self, shard: str, records: Seq[int]) -> list[Example]:
+    def read(self, shard: str, records: Seq[int], schema: Schema | None = None) -> list[Example]:
         """The records with these numbers (0 is the first of the shard), in this order; reads no others.
+
+        With a schema, these entries of them instead of the reader's own.
 
         Raises:
             UserError: the shard is missing, truncated or damaged.
@@ -253,11 +255,11 @@ class Reader:
         if not all(0 <= number < count for number in numbers):
             raise IndexError(f"{shard} has records 0 .. {count - 1}, asked for {numbers}")
         file = self._file(shard)
-        return [self._decode(shard, file, number) for number in numbers]
+        return [self._decode(shard, file, number, schema or self.schema) for number in numbers]
 
-    def _decode(self, shard: str, file: Any, number: int) -> Example:
+    def _decode(self, shard: str, file: Any, number: int, schema: Schema) -> Example:
         try:
-            return decode(file.read([number])[0], self.schema)
+            return decode(file.read([number])[0], schema)
         except (RuntimeError, ValueError) as error:  # array_record's errors name no file
             raise UserError(f"{self.root / shard}: record {number} is damaged ({error}); {_REPAIR}") from error
 
