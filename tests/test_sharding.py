@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from niso import sharding
 from niso.config import Experiment
@@ -20,6 +20,7 @@ from tests import tiny
 from tests.conftest import mesh_of
 from tests.test_polar import matrices
 
+COLLECTIVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\("
 SNAPSHOT = Path(__file__).with_name("shardings_pose_encode.txt")
 
 
@@ -72,16 +73,47 @@ def test_mesh_and_batch_must_fit() -> None:
         sharding.check_batch(mesh_of(4), 12, 2)
 
 
+@pytest.mark.parametrize("method", ["auto", "matmul"])
 @pytest.mark.parametrize("batch", [8, 4, 3])
-def test_sharded_solve_is_the_solve(batch: int) -> None:
+def test_sharded_solve_is_the_solve(batch: int, method: str) -> None:
     mesh = mesh_of(4, 2)
-    split = sharding.sharded(polar_factor, mesh)
+    split = partial(sharding.sharded(polar_factor, mesh), method=method)
     x = jnp.asarray(matrices("white", 6, batch))
     cotangent = jax.random.normal(jax.random.key(0), x.shape)
     for f in (partial(split, special=True), jax.jit(partial(split, special=True))):
         np.testing.assert_allclose(f(x), polar_factor(x, special=True), atol=1e-5)
     gradients = [jax.jit(jax.grad(lambda y, f=f: jnp.vdot(f(y), cotangent)))(x) for f in (split, polar_factor)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", ["svd", "matmul"])
+def test_a_sharded_solve_and_its_gradient_gather_nothing(method: str) -> None:
+    """Its matrices lie where they are solved. (CPU compilers gather nothing in any case; tests/test_pod.py asks the TPU's.)"""
+    mesh = mesh_of(4, 2)
+    text = solve_for(mesh, method).compile().as_text()
+    assert not re.findall(COLLECTIVES, text)
+
+
+def test_the_basis_is_orthonormalised_on_sharded_rows() -> None:
+    """Rows of the eigenfunctions over `space`: only K x K Gram matrices are summed, nothing of N rows is gathered."""
+    lowered = basis_for(mesh_of(1, 8))
+    found = re.findall(COLLECTIVES, lowered.compile().as_text())
+    assert set(found) == {"all-reduce"}
+
+
+def solve_for(mesh: Mesh, method: str) -> jax.stages.Lowered:
+    """The solve of two 16 x 16 matrices a device with its gradient, lowered for a mesh."""
+    split = partial(sharding.sharded(polar_factor, mesh), method=method)
+    place = NamedSharding(mesh, PartitionSpec(sharding.AXES))
+    solve = jax.jit(jax.grad(lambda x: jnp.sum(split(x) ** 3)), in_shardings=place, out_shardings=place)
+    return solve.lower(jax.ShapeDtypeStruct((2 * mesh.size, 16, 16), jnp.float32))
+
+
+def basis_for(mesh: Mesh) -> jax.stages.Lowered:
+    """256 x 16 eigenfunctions from free ones by the Gram matrix, with the gradient, lowered for a mesh with rows over `space`."""
+    place = NamedSharding(mesh, PartitionSpec("space", None))
+    solve = jax.grad(lambda u: jnp.sum(polar_factor(u, method="matmul") ** 3))
+    return jax.jit(solve, in_shardings=place, out_shardings=place).lower(jax.ShapeDtypeStruct((256, 16), jnp.float32))
 
 
 def test_a_step_on_data_alone_gathers_nothing() -> None:

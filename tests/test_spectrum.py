@@ -54,6 +54,28 @@ def test_projection_accumulates_in_float32() -> None:
     np.testing.assert_array_equal(spectral.project(s, z), spectral.project(s, z.astype(jnp.float32)))
 
 
+def test_what_bfloat16_latents_do_to_the_map_and_to_the_losses() -> None:
+    """A bfloat16 network hands over latents with 8 bits; everything after them is float32, so τ stays orthogonal, and the
+    rounding of the latents moves the objective and the equivariance loss by their own size (4e-3), not more."""
+    s = some_operator(100, 16)
+    random = np.random.default_rng(5)
+    first = random.normal(size=(4, 100, 24)) * np.linspace(1, 0.1, 24)
+    second = first + 0.2 * random.normal(size=first.shape)
+    mask = spectral.eigenvalue_mask(s.eigenvalue_K)
+
+    def measure(dtype: jnp.dtype) -> tuple[np.ndarray, ...]:
+        a, b = (spectral.project(s, jnp.asarray(z, dtype)) for z in (first, second))
+        tau = spectral.solve_isometry(a, b, mask)
+        moved = spectral.apply_isometry(tau, a)
+        return np.asarray(tau), np.asarray(jnp.mean(jnp.abs(moved - b), axis=(1, 2))), np.asarray(jnp.vdot(moved, b))
+
+    (tau, loss, objective), (rounded_tau, rounded_loss, rounded_objective) = measure(jnp.float32), measure(jnp.bfloat16)
+    assert np.abs(np.swapaxes(rounded_tau, 1, 2) @ rounded_tau - np.eye(16)).max() <= 5e-6
+    assert 1e-5 < np.abs(rounded_tau - tau).max() < 2e-2
+    np.testing.assert_allclose(rounded_loss, loss, rtol=4e-3)
+    np.testing.assert_allclose(rounded_objective, objective, rtol=4e-3)
+
+
 def test_isometry_recovers_a_commuting_rotation() -> None:
     # Two eigenvalues, far apart: the mask is block diagonal, and eq. 8 must return the block rotation that made the pair.
     value = jnp.asarray([0.0, 0.0, 0.0, 50.0, 50.0])

@@ -32,6 +32,7 @@ LOWEST = 1e-12
 # that rounding has made negative from blowing up.
 GRAM_LOWEST = 1e-3
 GRAM_SHIFT = 3e-7
+SHIFT = 3e-6  # keeps the Cholesky factors of matrices that are semidefinite but for their rounding
 GRAM_DAMPING = 1e-4  # least δ of the derivative: what is below had no accurate direction to begin with
 
 
@@ -116,25 +117,27 @@ def lyapunov(h_BxKxK: Array, a_BxKxK: Array, lowest: float) -> Array:
 def smallest_direction(h_BxKxK: Array) -> Array:
     """A unit vector, B x K x 1, along which H, positive semidefinite and no larger than 1, is smallest.
 
-    Power iteration on (H + 1e-6 I)⁻¹ by repeated squaring, 2^14 steps in 14 products: two smallest eigenvalues within a
-    ten-thousandth of each other stay mixed, which costs no more of tr(QᵀX) than their difference. The inverse comes from
-    Cholesky factors, which TPU compilers do not gather.
+    Power iteration on H⁻¹ by repeated squaring, 2^14 steps in 14 products: two smallest eigenvalues within a ten-thousandth of
+    each other stay mixed, which costs no more of tr(QᵀX) than their difference. The inverse comes from Cholesky factors, which
+    TPU compilers do not gather; its columns are rounded each in its own way, so a last solve cleans the vector.
     """
     eye_KxK = jnp.eye(h_BxKxK.shape[-1], dtype=jnp.float32)
-    power_BxKxK = positive_solve(h_BxKxK, jnp.broadcast_to(eye_KxK, h_BxKxK.shape), 1e-6)
+    power_BxKxK = positive_solve(h_BxKxK, jnp.broadcast_to(eye_KxK, h_BxKxK.shape), SHIFT)
     for _ in range(14):
         power_BxKxK = power_BxKxK / jnp.linalg.norm(power_BxKxK, axis=(-2, -1), keepdims=True)
         power_BxKxK = symmetric(matmul(power_BxKxK, power_BxKxK))
     column_Bx1x1 = jnp.argmax(jnp.sum(power_BxKxK**2, axis=-2, keepdims=True), axis=-1, keepdims=True)
     v_BxKx1 = jnp.take_along_axis(power_BxKxK, column_Bx1x1, axis=-1)
-    return v_BxKx1 / jnp.linalg.norm(v_BxKx1, axis=(-2, -1), keepdims=True)
+    v_BxKx1 = positive_solve(h_BxKxK, v_BxKx1 / jnp.linalg.norm(v_BxKx1, axis=(-2, -1), keepdims=True), SHIFT)
+    return v_BxKx1 / jnp.maximum(jnp.linalg.norm(v_BxKx1, axis=(-2, -1), keepdims=True), jnp.finfo(jnp.float32).tiny)
 
 
 def positive_solve(h_BxKxK: Array, b_BxKxC: Array, shift: float) -> Array:
     """H⁻¹ b, B x K x C, for H positive semidefinite up to rounding and no larger than 1, by Cholesky factors of H + shift I.
 
     Three steps of refinement take most of the shift away again: a component along an eigenvalue t comes out as
-    (1 − (shift / (t + shift))⁴) / t, which is 1/t above the shift and 4 / shift at 0.
+    (1 − (shift / (t + shift))⁴) / t, which is 1/t above the shift and 4 / shift at 0. Where rounding has left H less than
+    −shift, so that it has no factor, the result is 0.
     """
 
     def solve(h_BxKxK: Array, b_BxKxC: Array) -> Array:
@@ -142,7 +145,7 @@ def positive_solve(h_BxKxK: Array, b_BxKxC: Array, shift: float) -> Array:
         x_BxKxC = jax.scipy.linalg.cho_solve((factor_BxKxK, True), b_BxKxC)
         for _ in range(3):
             x_BxKxC += jax.scipy.linalg.cho_solve((factor_BxKxK, True), b_BxKxC - matmul(h_BxKxK, x_BxKxC))
-        return x_BxKxC
+        return jnp.where(jnp.all(jnp.isfinite(x_BxKxC), axis=(-2, -1), keepdims=True), x_BxKxC, 0.0)
 
     return one_by_one(solve)(h_BxKxK, b_BxKxC)
 

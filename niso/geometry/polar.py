@@ -144,8 +144,9 @@ def _backward_matmul(damping: float, factors: tuple[Array, ...], g_BxRxK: Array)
     x_BxRxK = matmul(q_BxRxK, y_BxKxK)
     if tall:
         outside_BxRxK = g_BxRxK - matmul(q_BxRxK, w_BxKxK)
-        solved_BxKxR = matmul_polar.positive_solve(h_BxKxK, transpose(outside_BxRxK), max(damping, 1e-6))
-        x_BxRxK = x_BxRxK + transpose(solved_BxKxR)
+        # H⁻¹ itself, K x K: a solve with the rows as right-hand sides would gather them where they are sharded.
+        eye_BxKxK = jnp.broadcast_to(jnp.eye(h_BxKxK.shape[-1], dtype=jnp.float32), h_BxKxK.shape)
+        x_BxRxK = x_BxRxK + matmul(outside_BxRxK, matmul_polar.positive_solve(h_BxKxK, eye_BxKxK, max(damping, matmul_polar.SHIFT)))
     return x_BxRxK / norm_Bx1x1
 
 
@@ -160,6 +161,6 @@ def _flipped_lyapunov(h_BxKxK: Array, a_BxKxK: Array, v_BxKx1: Array, lowest: fl
     y_BxKxK = matmul_polar.lyapunov(h_BxKxK, inside_BxKxK, lowest)
     smallest_Bx1x1 = matmul(transpose(v_BxKx1), matmul(h_BxKxK, v_BxKx1))
     shifted_BxKxK = matmul(keep_BxKxK, matmul(h_BxKxK - smallest_Bx1x1 * eye_KxK, keep_BxKxK)) + eye_KxK - keep_BxKxK
-    along_BxKx1 = matmul_polar.positive_solve(shifted_BxKxK, matmul(keep_BxKxK, matmul(a_BxKxK, v_BxKx1)), max(lowest, 1e-6))
+    along_BxKx1 = matmul_polar.positive_solve(shifted_BxKxK, matmul(keep_BxKxK, matmul(a_BxKxK, v_BxKx1)), max(lowest, matmul_polar.SHIFT))
     outer_BxKxK = matmul(along_BxKx1, transpose(v_BxKx1))
     return y_BxKxK + outer_BxKxK - transpose(outer_BxKxK)
