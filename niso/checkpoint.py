@@ -4,11 +4,12 @@ A checkpoint is the TrainState and the resolved config; its step is the position
 asynchronously under a temporary name and renamed when complete, so a kill at any moment leaves only whole checkpoints.
 """
 
+import contextlib
 import json
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.sharding import Sharding
 from orbax.checkpoint import args as ocp_args
 
 from niso import __version__, config, tree
 from niso.errors import UserError
 from niso.step import Program, TrainState
+from niso.tasks.base import Task
 
 FOLDER = "checkpoints"
 
@@ -127,33 +130,82 @@ def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str,
     """Parameters by path that finished runs provide: for each (pattern, run directory), those whose path matches.
 
     Raises:
-      UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape.
+      UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape or meaning.
     """
     taken: dict[str, Array] = {}
     for pattern, run in spec:
-        folder = Path(run).absolute() / FOLDER
-        steps = ocp.utils.checkpoint_steps(folder) if folder.is_dir() else []
-        if not steps:
-            raise UserError(f"task.warm_start: no checkpoint in {folder}; train that run first")
-        path = folder / str(max(steps)) / "state"
-        with ocp.PyTreeCheckpointer() as reader:
-            saved = _flat_params(reader.metadata(path).item_metadata.tree)
-            wanted = {n: s for n, s in program.parameter_shapes.items() if tree.match(pattern, n)}
-            if not wanted:
-                raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
-            _check_shapes({n: s.shape for n, s in wanted.items()}, {n: tuple(s.shape) for n, (s, _) in saved.items()}, str(path))
-            item: dict[str, dict] = {}
-            for name in wanted:
-                item.setdefault(saved[name][1], {})[name] = jax.ShapeDtypeStruct(
-                    wanted[name].shape, wanted[name].dtype, sharding=program.parameter_sharding[name]
-                )
-            args = ocp_args.PyTreeRestore(
-                item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True
-            )
-            restored = reader.restore(path, args=args)
-        for part in restored.values():
-            taken |= part
+        try:
+            path = find(run)
+        except UserError as error:
+            raise UserError(f"task.warm_start: {error}") from None
+        wanted = {name: shape for name, shape in program.parameter_shapes.items() if tree.match(pattern, name)}
+        if not wanted:
+            raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
+        taken |= parameters(path, wanted, program.parameter_sharding)
+        _check_agreement(run, saved_config(path)["task"], program.task)
     return taken
+
+
+def _check_agreement(run: str, saved: dict[str, Any], task: Task) -> None:
+    """Raises UserError where keys that give parameters their meaning, though not their shapes, differ from the run's."""
+    now = json.loads(json.dumps({key: getattr(task, key) for key in task.inherited()}))  # tuples as lists, as in the saved ones
+    for key, value in now.items():
+        if key in saved and saved[key] != value:
+            raise UserError(
+                f"task.warm_start: {run} was trained with task.{key}={saved[key]}, here it is {value}; "
+                f"set --config.task.{key}={saved[key]}, or start from another run"
+            )
+
+
+def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
+    """The folder of a run's checkpoint: of its newest one, or of that after `step` updates.
+
+    Raises:
+      UserError: there is none.
+    """
+    folder = Path(run).absolute() / FOLDER
+    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    if not steps:
+        raise UserError(f"no checkpoint in {folder}; train that run first")
+    if step is not None and step not in steps:
+        raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
+    return folder / str(steps[-1] if step is None else step)
+
+
+def saved_config(path: Path) -> dict[str, Any]:
+    """The resolved config that a checkpoint was made under; tuples have become lists.
+
+    Raises:
+      UserError: it cannot be read.
+    """
+    try:
+        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+            return reader.restore(path / "meta")["config"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"the config of the checkpoint {path} cannot be read ({str(error).splitlines()[0][:200]})") from error
+
+
+def parameters(path: Path, wanted: dict[str, Any], place: Mapping[str, Sharding]) -> dict[str, Array]:
+    """Some of a checkpoint's parameters by path, trained or frozen there, and nothing else of it, where `place` wants them.
+
+    Args:
+      wanted: path -> what has the parameter's shape and dtype.
+
+    Raises:
+      UserError: one is absent there, or of another shape.
+    """
+    path = path / "state"
+    # Not PyTreeCheckpointer().metadata: that warns, on the terminal, of a file that a manager keeps one folder further up.
+    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+        saved = _flat_params(reader.metadata(path).tree)
+        _check_shapes({n: s.shape for n, s in wanted.items()}, {n: tuple(s.shape) for n, (s, _) in saved.items()}, str(path))
+        item: dict[str, dict] = {}
+        for name, leaf in wanted.items():
+            struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
+            item.setdefault(saved[name][1], {})[name] = struct
+        args = ocp_args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+        restored = reader.restore(path, args=args)
+    return {name: leaf for part in restored.values() for name, leaf in part.items()}
 
 
 def write_config(workdir: str, resolved: dict[str, Any]) -> None:

@@ -93,11 +93,20 @@ class Experiment:
         """
         resolved = config.to_dict()
         sections: dict[str, Any] = dict(resolved)
-        task = dict(sections.get("task") or {})
-        sections["task"] = _build(tasks.load(task.pop("name", "")), task, "task.")
+        sections["task"] = make_task(sections.get("task") or {})
         for name, kind in SECTIONS.items():
             sections[name] = _build(kind, sections.get(name) or {}, f"{name}.")
         return dataclasses.replace(_build(Experiment, sections, ""), resolved=resolved)
+
+
+def make_task(section: dict[str, Any]) -> tasks.Task:
+    """The task that the section `task` of a config describes, be it that of a saved one.
+
+    Raises:
+      UserError: a key too many or missing, a wrong type, or an impossible combination.
+    """
+    keys = {key: value for key, value in section.items() if key != "name"}
+    return _build(tasks.load(section.get("name", "")), keys, "task.")
 
 
 SECTIONS = {"data": Data, "optimizer": Optimizer, "mesh": MeshShape, "log": Log, "checkpoint": Checkpoint}

@@ -7,10 +7,11 @@ from typing import Any
 import jax
 import numpy as np
 
-from niso import evaluate, figures, sharding, tree
+from niso import evaluate, figures, sequences, sharding, trajectories, trajectory_figure, tree
 from niso.config import flat
 from niso.data.pipeline import PairDataset
 from niso.errors import UserError
+from niso.inference import CHUNK, Model
 from niso.step import Program, TrainState
 from niso.telemetry import Telemetry
 
@@ -26,6 +27,8 @@ class Journal:
     def __init__(self, program: Program, dataset: PairDataset, telemetry: Telemetry, workdir: str):
         self.program, self.dataset, self.telemetry, self.workdir = program, dataset, telemetry, Path(workdir)
         self.rows = sharding.host_rows(program.mesh, program.experiment.batch)
+        self._model: Model | None = None
+        self._motions: dict[int, np.ndarray] = {}
 
     def introduce(self, start: int) -> None:
         """Says what is about to be trained, on what, with what."""
@@ -60,6 +63,8 @@ class Journal:
                 self.telemetry.say(f"evaluation at step {step}: {line}")
             if due(step, e.log.figures_every, e.steps):
                 self._draw(step, state)
+                if self.program.task.trajectory_strides():
+                    self._follow(step, state)
 
     def close(self) -> None:
         """Says where to look."""
@@ -80,8 +85,29 @@ class Journal:
         for name, image in self.program.task.figures(trained).items():
             if not np.array_equal(image, drawn[name]):
                 drawn[f"train_{name}"] = image
-        self.telemetry.images(step, drawn)
+        self._keep(step, drawn)
         self.telemetry.histograms(step, {name: array for name, array in arrays.items() if array.ndim == 1})
+
+    def _follow(self, step: int, state: TrainState) -> None:
+        """Scores the trajectories of whole test videos, draws them, and keeps the poses for `python -m niso.trajectories`."""
+        strides, limit = self.program.task.trajectory_strides(), self.program.task.trajectory_limit()
+        params = state.params | state.frozen
+        if self._model is None:
+            parts = self.program.mesh.shape["data"]
+            self._model = Model(self.program.task, self.program.graphdef, params, self.program.mesh, -(-CHUNK // parts) * parts)
+            self._motions = sequences.mean_motions(self.dataset, strides)
+        found = sequences.estimate(self._model.with_params(params), self.dataset, strides, limit, self._motions)
+        scores = trajectories.score_all(found, limit)
+        self.telemetry.scalars(step, {f"trajectories/{name}": value for name, value in scores.items()})
+        self.telemetry.say(trajectories.table(scores))
+        if jax.process_index() != 0:
+            return
+        self._keep(step, {f"trajectories_stride_{b}": trajectory_figure.draw(part.sequences) for b, part in found.items()})
+        trajectories.save(self._figure_folder(step) / "trajectories.npz", found)
+
+    def _keep(self, step: int, drawn: dict[str, np.ndarray]) -> None:
+        """Figures in TensorBoard, and as files."""
+        self.telemetry.images(step, drawn)
         folder = self._figure_folder(step)
         try:
             folder.mkdir(parents=True, exist_ok=True)

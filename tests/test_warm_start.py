@@ -62,3 +62,5 @@ def test_refusals_are_one_clear_line(tmp_path) -> None:
     assert "operator/basis is (64, 8) there and (64, 4) here" in other_rank
     deeper = refusal((("encoder/.*", run),), tmp_path, task__blocks=2)
     assert "encoder/levels/0/blocks/1/conv1/" in deeper and "is absent there" in deeper
+    meaning = refusal((("encoder/.*", run),), tmp_path, task__group="SO")
+    assert "was trained with task.group=O, here it is SO; set --config.task.group=O" in meaning

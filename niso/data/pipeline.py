@@ -232,14 +232,15 @@ class PairDataset:
         """
         return self._split(split).read_sequence(index, slice(None) if frames is None else frames, self.data.threads)
 
-    def poses(self, split: str) -> list[np.ndarray]:
-        """pose_Tx4x4 float64 of every sequence of a split; reads the split's files once, decodes no picture.
+    def poses(self, split: str, at_most: int | None = None) -> list[np.ndarray]:
+        """pose_Tx4x4 float64 of every sequence of a split, or of `at_most` evenly spread ones; decodes no picture.
 
         Raises:
             UserError: a record is damaged, or a pose is not finite.
         """
         chosen = self._split(split)  # one thread: parsing holds the interpreter, more take longer
-        return [chosen.poses(index) for index in range(len(chosen.reader.sequences))]
+        count = len(chosen.reader.sequences)
+        return [chosen.poses(index) for index in range(0, count, -(-count // (at_most or count)))]
 
     def _split(self, name: str) -> Split:
         return {"train": self._train, "test": self._test}[name]

@@ -161,6 +161,8 @@ def _flipped_lyapunov(h_BxKxK: Array, a_BxKxK: Array, v_BxKx1: Array, lowest: fl
     y_BxKxK = matmul_polar.lyapunov(h_BxKxK, inside_BxKxK, lowest)
     smallest_Bx1x1 = matmul(transpose(v_BxKx1), matmul(h_BxKxK, v_BxKx1))
     shifted_BxKxK = matmul(keep_BxKxK, matmul(h_BxKxK - smallest_Bx1x1 * eye_KxK, keep_BxKxK)) + eye_KxK - keep_BxKxK
-    along_BxKx1 = matmul_polar.positive_solve(shifted_BxKxK, matmul(keep_BxKxK, matmul(a_BxKxK, v_BxKx1)), max(lowest, matmul_polar.SHIFT))
+    along_BxKx1 = matmul_polar.positive_solve(
+        shifted_BxKxK, matmul(keep_BxKxK, matmul(a_BxKxK, v_BxKx1)), max(lowest, matmul_polar.SHIFT)
+    )
     outer_BxKxK = matmul(along_BxKx1, transpose(v_BxKx1))
     return y_BxKxK + outer_BxKxK - transpose(outer_BxKxK)

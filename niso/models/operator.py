@@ -11,6 +11,7 @@ from niso.geometry import spectrum as spectral
 from niso.geometry.spectrum import Spectrum
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Learned:
     """Latent functions through an operator's spectrum: coefficients are K x C, maps K x K."""
@@ -31,6 +32,7 @@ class Learned:
         return spectral.multiplicity(self.spectrum.eigenvalue_K)
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Unconstrained:
     """No operator: the raw latents are their own coefficients, channels first, and nothing has to be commuted with.

@@ -61,6 +61,18 @@ class Task:
         """What `inspect` returned, drawn on the host: title -> H x W x 3 uint8."""
         return {}
 
+    def inherited(self) -> tuple[str, ...]:
+        """Fields that must be those of the runs that parameters are taken from: what the parameters mean depends on them."""
+        return ()
+
+    def trajectory_strides(self) -> tuple[int, ...]:
+        """Strides at which camera trajectories of whole test videos are estimated and scored; none by default."""
+        return ()
+
+    def trajectory_limit(self) -> int:
+        """Frames of a video that count there, from its first."""
+        return 0
+
     def summary(self, metrics: dict[str, float]) -> list[str]:
         """Lines that tell a person what these evaluation metrics say."""
         return [f"{name} {value:.4g}" for name, value in metrics.items()]

@@ -65,6 +65,9 @@ class Latent(Task):
         """Edge of the latent grid, points."""
         return self.size // 2 ** (len(self.widths) - 1)
 
+    def inherited(self) -> tuple[str, ...]:
+        return ("operator", "eigenvalues", "group", "ridge")
+
     @property
     def order(self) -> int:
         """Edge of τ_Ω: k, or d without an operator."""

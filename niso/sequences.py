@@ -1,0 +1,38 @@
+"""Whole held-out videos through a model with a pose head: every frame encoded once, its pose chained at every stride."""
+
+import numpy as np
+
+from niso import trajectories
+from niso.data.pipeline import PairDataset
+from niso.geometry import camera, trajectory
+from niso.inference import Model
+from niso.trajectories import Stride, frames_of
+
+# Training videos behind the mean motion baseline, evenly spread: their poses cost 5 ms a video to read.
+MEAN_OF = 500
+
+
+def estimate(
+    model: Model, dataset: PairDataset, strides: tuple[int, ...], limit: int, motions: dict[int, np.ndarray]
+) -> dict[int, Stride]:
+    """True and estimated camera-to-world poses of every test video at every stride, for `trajectories.score_all`.
+
+    Args:
+      limit: frames of a video that count, from its first. motions: what `mean_motions` found.
+    """
+    found: dict[int, list[trajectories.Sequence]] = {stride: [] for stride in strides}
+    for index, sequence in enumerate(dataset.sequences("test")):
+        frames_TxHxWxC, truth_Tx4x4 = dataset.read_sequence("test", index, slice(0, limit))
+        relatives = model.relative_poses(model.encode(frames_TxHxWxC), strides)
+        for stride, relative_Px4x4 in relatives.items():
+            chosen_Nx4x4 = truth_Tx4x4[frames_of(len(truth_Tx4x4), stride, limit)]
+            estimate_Nx4x4 = trajectory.compose(chosen_Nx4x4[0], relative_Px4x4.astype(np.float64))
+            found[stride].append(trajectories.Sequence(sequence.name, chosen_Nx4x4, estimate_Nx4x4))
+    return {stride: Stride(tuple(sequences), motions[stride]) for stride, sequences in found.items()}
+
+
+def mean_motions(dataset: PairDataset, strides: tuple[int, ...]) -> dict[int, np.ndarray]:
+    """Stride -> mean relative pose of the training videos at it, 4 x 4: the baseline that knows the camera's habits only."""
+    poses = dataset.poses("train", MEAN_OF)
+    relatives = {b: [camera.relative_pose(pose_Tx4x4[:-b], pose_Tx4x4[b:]) for pose_Tx4x4 in poses] for b in strides}
+    return {b: trajectory.mean_motion([relative for relative in of_stride if len(relative)]) for b, of_stride in relatives.items()}
