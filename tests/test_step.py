@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -166,3 +167,17 @@ def test_one_step_of_the_published_sizes() -> None:
     state, window = p.train(p.init({}), tiny.place(p, tiny.batch(rows=2, size=144)))
     assert all(np.isfinite(value) for value in metrics.values(window).values())
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(jax.device_get(state.params)))
+
+
+@pytest.mark.parametrize("platform", ["cuda", "tpu"])
+def test_the_step_of_an_accelerator_leaves_it_neither_for_the_host_nor_for_a_solver(platform: str) -> None:
+    """Lowered for hardware that is not here: no callback, no loop with a test, no LAPACK but the Cholesky factor of one K x K
+    matrix (Φ's derivative), convolutions in bfloat16, the operator's and the solve's products in full float32."""
+    p = tiny.program(8, task__dtype="bfloat16")
+    text = p.train.trace(p.state_shapes, p.batch_shapes).lower(lowering_platforms=(platform,)).as_text()
+    assert set(re.findall(r"custom_call @([\w.]+)", text)) <= {"cusolver_potrf_ffi"}
+    assert "stablehlo.while" not in text and "callback" not in text
+    convolutions = re.findall(r"stablehlo\.convolution.*-> tensor<\S*x(\w+)>", text)
+    assert len(convolutions) == 24 and set(convolutions) == {"bf16"}  # 8 convolutions: forward, by input, by weight
+    float32 = [line for line in text.splitlines() if "stablehlo.dot_general" in line and line.rstrip().endswith("xf32>")]
+    assert len(float32) > 150 and all("[HIGHEST, HIGHEST]" in line for line in float32)
