@@ -37,6 +37,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "prep": ["pillow>=10.1"],  # all that data_prep.co3d needs; the preparation of meshes and images adds to it
+        "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,
         "dev": [*TEST, "tensorboard-plugin-profile>=2.19"],
     },

@@ -6,7 +6,6 @@
 import collections
 import dataclasses
 import io
-import math
 import pathlib
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from data_prep.co3d_source import Frame, Selected
-from niso.data import records
+from niso.data import records, transforms
 from niso.errors import UserError
 from niso.geometry import camera
 
@@ -157,25 +156,15 @@ def _oriented(image: Image.Image, frame: Frame, size: int) -> Image.Image:
 
     The cameras belong to an image of the annotated size.  A file of that size is taken as stored, whatever its EXIF
     orientation says; one of the exchanged size is turned if that tag says so; every other size is another image.
-    JPEG files are decoded at reduced resolution (inverse DCT of the low frequencies) as long as at least twice `size`
-    remains: against the full decode that is 54 dB PSNR on 1000 x 1778 photographs at 144, where storing as JPEG
-    quality 95 leaves 38 dB, and takes half the time.  Without that margin it is 49 dB, and not done.
     """
     annotated = (frame.width, frame.height)
     turn = image.size != annotated
     if turn and (image.size != annotated[::-1] or image.getexif().get(_ORIENTATION) not in _TRANSPOSING):
         raise UnusableFrameError("frames with image of another size than annotated")
-    reduction = math.floor(min(annotated) / (2 * size))
-    if reduction >= 2:
-        image.draft("RGB", (image.width // reduction, image.height // reduction))
+    transforms.decode_smaller(image, min(annotated), size)
     return ImageOps.exif_transpose(image) if turn else image
 
 
 def _resize_square(image: Image.Image, frame: Frame, size: int) -> Image.Image:
-    """Lanczos on the centre square, without an intermediate crop; Pillow clips and rounds to uint8."""
-    # Pillow decodes at 1/k to ceil(width / k) columns, the last of which may be part padding: the scale is 1/k exactly.
-    scale = 1 / round(frame.width / image.width)
-    if image.mode != "RGB":
-        image = image.convert("RGB")
-    left, top, right, bottom = (edge * scale for edge in camera.centre_square(frame.height, frame.width))
-    return image.resize((size, size), Image.Resampling.LANCZOS, box=(left, top, right, bottom))
+    """The centre square, resized."""
+    return transforms.resize_square(image, camera.centre_square(frame.height, frame.width), frame.width, size)

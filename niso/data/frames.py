@@ -1,7 +1,9 @@
 """A user's own frames, from a folder of pictures or a video file: squares of one size, cut and resized as those of the records."""
 
 import dataclasses
+import logging
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +17,7 @@ from niso.geometry import camera
 PICTURES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 # What Pillow raises on broken files.
 _UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
-_EXTRA = 'reading a video needs imageio-ffmpeg: pip install "niso[video]", or give a folder of pictures'
+_EXTRA = "reading a video needs another package: pip install imageio-ffmpeg, or give a folder of pictures"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,9 +105,12 @@ class Frames:
             import imageio_ffmpeg
         except ImportError:
             raise UserError(_EXTRA) from None
+        logging.getLogger("imageio_ffmpeg").setLevel(logging.ERROR)  # it warns of frames that ffmpeg turns upright
         stream = imageio_ffmpeg.read_frames(str(self.path), pix_fmt="rgb24")
         try:
-            meta = next(stream)  # of upright frames: ffmpeg turns those that a telephone stored lying
+            with warnings.catch_warnings():  # jax warns of every fork; what is forked here becomes ffmpeg at once
+                warnings.filterwarnings("ignore", "os.fork", RuntimeWarning)
+                meta = next(stream)  # of upright frames: ffmpeg turns those that a telephone stored lying
             (width, height), rate = meta["size"], meta["fps"] or 1.0
             box = self._square(height, width)
             for number, data in enumerate(stream):

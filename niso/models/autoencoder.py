@@ -30,22 +30,24 @@ class Block(nnx.Module):
         self.conv2 = nnx.Conv(features, features, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
         self.skip = nnx.Linear(inputs, features, use_bias=False, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x_BxHxWxC: Array) -> Array:
-        inner_BxHxWxC = self.conv1(jax.nn.silu(self.norm1(x_BxHxWxC)))
-        return self.conv2(jax.nn.silu(self.norm2(inner_BxHxWxC))) + self.skip(x_BxHxWxC)
+    def __call__(self, x_BxHxWxC: Array, double: bool = False) -> Array:
+        """With `double`, of the input on a grid twice as fine: what acts on single points is done before it is repeated."""
+        finer = _double if double else lambda x_BxHxWxC: x_BxHxWxC
+        inner_BxHxWxC = self.conv1(finer(jax.nn.silu(self.norm1(x_BxHxWxC))))
+        return self.conv2(jax.nn.silu(self.norm2(inner_BxHxWxC))) + finer(self.skip(x_BxHxWxC))
 
 
 class Level(nnx.Module):
-    """`blocks` residual blocks at one resolution, recomputed in the backward pass if `remat`."""
+    """`blocks` residual blocks at one resolution (with `double`, twice the input's), recomputed in the backward pass if `remat`."""
 
     def __init__(self, inputs: int, features: int, blocks: int, remat: bool, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.remat = remat
         self.blocks = nnx.List([Block(inputs if i == 0 else features, features, dtype=dtype, rngs=rngs) for i in range(blocks)])
 
-    def __call__(self, x_BxHxWxC: Array) -> Array:
-        run = nnx.remat(Block.__call__) if self.remat else Block.__call__
-        for block in self.blocks:
-            x_BxHxWxC = run(block, x_BxHxWxC)
+    def __call__(self, x_BxHxWxC: Array, double: bool = False) -> Array:
+        run = nnx.remat(Block.__call__, static_argnums=2) if self.remat else Block.__call__
+        for index, block in enumerate(self.blocks):
+            x_BxHxWxC = run(block, x_BxHxWxC, double and index == 0)
         return x_BxHxWxC
 
 
@@ -84,7 +86,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, z_BxHxWxC: Array) -> Array:
         for index, level in enumerate(self.levels):
-            z_BxHxWxC = level(z_BxHxWxC if index == 0 else _double(z_BxHxWxC))
+            z_BxHxWxC = level(z_BxHxWxC, double=index > 0)
         return self.head(jax.nn.silu(self.norm(z_BxHxWxC))).astype(jnp.float32)
 
 
