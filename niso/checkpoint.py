@@ -133,17 +133,25 @@ def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str,
       UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape or meaning.
     """
     taken: dict[str, Array] = {}
-    for pattern, run in spec:
-        try:
-            path = find(run)
-        except UserError as error:
-            raise UserError(f"task.warm_start: {error}") from None
+    for (pattern, run), path in zip(spec, check_sources(spec), strict=True):
         wanted = {name: shape for name, shape in program.parameter_shapes.items() if tree.match(pattern, name)}
         if not wanted:
             raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
         taken |= parameters(path, wanted, program.parameter_sharding)
         _check_agreement(run, saved_config(path)["task"], program.task)
     return taken
+
+
+def check_sources(spec: tuple[tuple[str, str], ...]) -> list[Path]:
+    """The checkpoints that a warm start takes from, looked for before anything slow is done.
+
+    Raises:
+      UserError: a run has none.
+    """
+    try:
+        return [find(run) for _, run in spec]
+    except UserError as error:
+        raise UserError(f"task.warm_start: {error}") from None
 
 
 def _check_agreement(run: str, saved: dict[str, Any], task: Task) -> None:

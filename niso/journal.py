@@ -28,7 +28,7 @@ class Journal:
         self.program, self.dataset, self.telemetry, self.workdir = program, dataset, telemetry, Path(workdir)
         self.rows = sharding.host_rows(program.mesh, program.experiment.batch)
         self._model: Model | None = None
-        self._motions: dict[int, np.ndarray] = {}
+        self._motions: dict[int, np.ndarray | None] = {}
 
     def introduce(self, start: int) -> None:
         """Says what is about to be trained, on what, with what."""

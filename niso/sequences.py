@@ -13,7 +13,7 @@ MEAN_OF = 500
 
 
 def estimate(
-    model: Model, dataset: PairDataset, strides: tuple[int, ...], limit: int, motions: dict[int, np.ndarray]
+    model: Model, dataset: PairDataset, strides: tuple[int, ...], limit: int, motions: dict[int, np.ndarray | None]
 ) -> dict[int, Stride]:
     """True and estimated camera-to-world poses of every test video at every stride, for `trajectories.score_all`.
 
@@ -31,8 +31,11 @@ def estimate(
     return {stride: Stride(tuple(sequences), motions[stride]) for stride, sequences in found.items()}
 
 
-def mean_motions(dataset: PairDataset, strides: tuple[int, ...]) -> dict[int, np.ndarray]:
-    """Stride -> mean relative pose of the training videos at it, 4 x 4: the baseline that knows the camera's habits only."""
+def mean_motions(dataset: PairDataset, strides: tuple[int, ...]) -> dict[int, np.ndarray | None]:
+    """Stride -> mean relative pose of the training videos at it, 4 x 4, None where none is long enough: the baseline that knows
+    the camera's habits and nothing else."""
     poses = dataset.poses("train", MEAN_OF)
-    relatives = {b: [camera.relative_pose(pose_Tx4x4[:-b], pose_Tx4x4[b:]) for pose_Tx4x4 in poses] for b in strides}
-    return {b: trajectory.mean_motion([relative for relative in of_stride if len(relative)]) for b, of_stride in relatives.items()}
+    relatives = {
+        b: [camera.relative_pose(pose_Tx4x4[:-b], pose_Tx4x4[b:]) for pose_Tx4x4 in poses if len(pose_Tx4x4) > b] for b in strides
+    }
+    return {b: trajectory.mean_motion(of_stride) if of_stride else None for b, of_stride in relatives.items()}

@@ -36,6 +36,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
             if primary:
                 print(f"{workdir}: this run is finished ({done} steps); see it with: tensorboard --logdir {workdir}")
             return 0
+        checkpoint.check_sources(() if done else experiment.task.warm_start)
         mesh = sharding.make_mesh(experiment.mesh)
         sharding.check_batch(mesh, experiment.batch, experiment.optimizer.accumulate)
         dataset = open_dataset(experiment.data)

@@ -29,11 +29,16 @@ RUN = {
     "--config.task.operator=False": {},
     "--config.task.dtype=bfloat16": {},
     "--config=configs/pose_encode.py ": {},
+    "--config=configs/pose_encode.py:small ": {},
+    "--config=configs/pose_pred.py:small ": {},
+    "niso.trajectories": {"step_00003000": "step_00000002", "--limit 60": "--limit 16"},
+    "niso.predict": {"FRAMES": "$(ls -d twin/*/*/images | head -1)"},
 }
 NOT_RUN = {
     "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
     'pip install -e ".[cuda]"': "downloads gigabytes for a GPU",
     "-m pytest": "this is it; .ci/run runs the line as it stands",
+    "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs both with small ones",
 }
 
 
@@ -46,7 +51,7 @@ def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"NISO_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
     if "--config.steps=2" in line:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled once, run twice
-    line = line.replace("python -m", f"{shlex.quote(sys.executable)} -m")
+    line = re.sub(r"python (-[mc])", rf"{shlex.quote(sys.executable)} \1", line)
     return subprocess.run(["bash", "-c", line], cwd=folder, env=environment, text=True, capture_output=True)
 
 
@@ -122,7 +127,15 @@ def test_the_other_commands(folder: Path) -> None:
             line = line.replace(old, new)
         if "niso.main" in line:
             line += "".join(f" '{word}'" for word in SMALL.split())
-            if "--workdir" not in line:
+            if "--workdir" not in line and ":small " not in original + " ":  # these have a run of their own, others follow on it
                 line += f" --workdir=runs/line-{known.index(original)}"
         done = shell(line, folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+def test_the_program(folder: Path) -> None:
+    """The lines of Python, in a program of their own, on the run that the test before this one has made."""
+    program = re.findall(r"```python\n(.*?)```", (REPOSITORY / "README.md").read_text(), re.S)
+    assert len(program) == 1
+    done = shell(f"python -c {shlex.quote(program[0] + 'print(tau_PxKxK.shape, relative_Px4x4.shape)')}", folder)
+    assert (done.returncode, done.stdout) == (0, "(4, 8, 8) (4, 4, 4)\n"), done.stderr

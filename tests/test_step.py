@@ -92,6 +92,8 @@ def test_mistakes_that_only_the_model_can_see_are_named() -> None:
         tiny.program(task__trainable="nothing")
     with pytest.raises(UserError, match=r"frames are \[16, 16, 3\], but task.size=16 and task.channels=1"):
         tiny.program(task__channels=1)
+    with pytest.raises(UserError, match="pairs of frames, not 3: set data.views=2"):
+        tiny.program(data__views=3)
     with pytest.raises(UserError, match="blocks=0: must be"):
         tiny.experiment(task__blocks=0)
 

@@ -8,6 +8,7 @@ from flax import nnx
 from jax import Array
 
 import niso.figures as figures
+from niso.errors import UserError
 from niso.geometry import spectrum as spectral
 from niso.geometry.spectrum import apply_isometry
 from niso.metrics import Mean, Metrics
@@ -109,6 +110,8 @@ class Autoencode(Latent):
         if frames_BxTxHxWxC.dtype == jnp.uint8:
             frames_BxTxHxWxC = scaled(frames_BxTxHxWxC)
         examples, views = frames_BxTxHxWxC.shape[:2]
+        if views != 2:
+            raise UserError(f"task autoencode takes pairs of frames, not {views}: set data.views=2")
         maps = model.operator.maps()
         coefficient_PxKxC = self.encode(model, maps, frames_BxTxHxWxC.reshape(-1, *frames_BxTxHxWxC.shape[2:]))
         coefficient_BxTxKxC = coefficient_PxKxC.reshape(examples, views, *coefficient_PxKxC.shape[1:])
