@@ -216,6 +216,11 @@ def test_missing_records(tell: Tell) -> None:
     assert "--out records/nowhere --size 144`" in line and "--config=configs/pose_encode.py:quick, which needs none" in line
 
 
+def test_missing_source_of_a_warm_start(tell: Tell) -> None:
+    line = tell("--config=configs/pose_pred.py:small")
+    assert line.startswith("task.warm_start: no checkpoint in ") and "/runs/pose_encode-small/checkpoints; train that" in line
+
+
 def test_folders_that_cannot_be_written(tell: Tell, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("mine")
     for folder in (tmp_path / "file", tmp_path / "file" / "run", "/proc/run"):

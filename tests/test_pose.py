@@ -29,6 +29,7 @@ from tests import tiny
 from tests.conftest import mesh_of
 from tests.test_heads import numbers64
 from tests.test_se3 import gram_schmidt64
+from tests.test_step import check_golden
 
 SIZE, BATCH, VIEWS = 8, 4, 4
 TINY = {
@@ -362,3 +363,12 @@ def test_mistakes_are_one_clear_line() -> None:
         with pytest.raises(UserError) as caught:
             program(**changes)
         assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_golden_step() -> None:
+    """Three steps of the head on fixed data."""
+    p = program()
+    state = p.init({})
+    for _ in range(3):
+        state, window = p.train(state, tiny.place(p, batch()))
+    check_golden("pose_pred", metrics.values(window))

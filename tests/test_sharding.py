@@ -1,6 +1,8 @@
 """The table of shardings: a snapshot of every config's, its errors, and what the compiler makes of it."""
 
+import importlib
 import re
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+import configs
 from niso import sharding
 from niso.config import Experiment
 from niso.errors import UserError
@@ -20,8 +23,8 @@ from tests import tiny
 from tests.conftest import mesh_of
 from tests.test_polar import matrices
 
+CONFIGS = sorted(path.stem for path in Path(configs.__path__[0]).glob("*.py") if path.stem != "__init__")
 COLLECTIVES = r" (all-gather|all-to-all|collective-permute|all-reduce|reduce-scatter)(?:-start)?\("
-SNAPSHOT = Path(__file__).with_name("shardings_pose_encode.txt")
 
 
 def table(p: Program) -> str:
@@ -33,17 +36,20 @@ def table(p: Program) -> str:
     return "".join(f"{name}  {tuple(leaf.shape)}  {tuple(place.spec)}\n" for name, leaf, place in rows)
 
 
-def test_snapshot() -> None:
-    """pose_encode `paper` on data 4 x space 2 with ZeRO: what lives where, as text."""
-    from configs.pose_encode import get_config
-
-    config = get_config("paper")
+def snapshot(name: str) -> str:
+    """A config's `paper` on data 4 x space 2 with ZeRO: what lives where, as text."""
+    config = importlib.import_module(f"configs.{name}").get_config("paper")
     config.mesh.zero = True
     e = Experiment.from_config(config)
-    found = table(Program(e, mesh_of(4, 2), tiny.shapes(e)))
-    assert found == SNAPSHOT.read_text(), (
-        f"shardings moved; if that was meant, write them anew: python -m tests.test_sharding > {SNAPSHOT.name}"
-    )
+    return table(Program(e, mesh_of(4, 2), tiny.shapes(e)))
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_snapshot(name: str) -> None:
+    file = Path(__file__).with_name(f"shardings_{name}.txt")
+    made_by = f"python -m tests.test_sharding {name} > tests/{file.name}"
+    assert file.is_file(), f"write it: {made_by}"
+    assert snapshot(name) == file.read_text(), f"shardings moved; if that was meant, write them anew: {made_by}"
 
 
 def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
@@ -135,9 +141,4 @@ def test_state_is_born_sharded() -> None:
 
 
 if __name__ == "__main__":
-    from configs.pose_encode import get_config
-
-    paper = get_config("paper")
-    paper.mesh.zero = True
-    made = Experiment.from_config(paper)
-    print(table(Program(made, mesh_of(4, 2), tiny.shapes(made))), end="")
+    print(snapshot(sys.argv[1]), end="")
