@@ -366,9 +366,9 @@ def test_mistakes_are_one_clear_line() -> None:
 
 
 def test_golden_step() -> None:
-    """Three steps of the head on fixed data."""
+    """Three steps of the head on fixed data (1e-3: its translations are near 0 at first, and divided by their own size)."""
     p = program()
     state = p.init({})
     for _ in range(3):
         state, window = p.train(state, tiny.place(p, batch()))
-    check_golden("pose_pred", metrics.values(window))
+    check_golden("pose_pred", metrics.values(window), rel=1e-3)
