@@ -10,7 +10,8 @@ import pytest
 
 from niso.geometry import matmul_polar
 from niso.geometry.polar import METHODS, polar_factor
-from tests import isometric_products
+from tests import isometric_products, reference_solve
+from tests.benchmarks import gradient as gradient_benchmark
 
 EXPLICIT = METHODS[1:]
 KINDS = ("white", "power", "repeated", "deficient", "rank one", "zero", "off the diagonal")
@@ -87,6 +88,16 @@ def test_targets(size: int, method: str, special: bool) -> None:
         part = slice(3 * index, 3 * index + 3)
         # SO(k) is not determined where the smallest singular value repeats; check_targets sees that by its margin.
         check_targets(x[part], np.asarray(q)[part], special), kind
+
+
+def test_targets_of_the_batched_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a process with one CPU device runs: here there are eight, which get one matrix at a time."""
+    monkeypatch.setattr(jax, "local_device_count", lambda: 1)
+    x = np.concatenate([matrices(kind, 33, 1) for kind in KINDS])
+    q = jax.jit(lambda x: polar_factor(x, method="svd"), device=jax.devices()[0])(x)
+    check_targets(x, np.asarray(q), False)
+    program = jax.jit(lambda x: polar_factor(x, method="svd")).trace(x).lower().as_text()
+    assert "stablehlo.while" not in program  # not one by one
 
 
 @pytest.mark.slow
@@ -166,15 +177,15 @@ def test_gradient_against_finite_differences(method: str, special: bool, shape: 
     np.testing.assert_allclose(np.vdot(found, direction), numeric, rtol=1e-3)
 
 
-@pytest.mark.parametrize("method", EXPLICIT)
-@pytest.mark.parametrize("special", [False, True])
-def test_gradient_finite_at_degenerate_matrices(method: str, special: bool) -> None:
+@pytest.mark.parametrize("method,special,ridge", [(m, s, 0.0) for m in EXPLICIT for s in (False, True)] + [("svd", False, 1e-4)])
+def test_gradient_finite_at_degenerate_matrices(method: str, special: bool, ridge: float) -> None:
     x = np.concatenate([matrices(kind, 8) for kind in KINDS])
-    found = gradient(x, np.random.default_rng(2).normal(size=x.shape).astype(np.float32), method=method, special=special)
+    cotangent = np.random.default_rng(2).normal(size=x.shape).astype(np.float32)
+    found = gradient(x, cotangent, method=method, special=special, ridge=ridge)
     assert np.all(np.isfinite(found))
     # Where there is nothing, nothing is to be learnt: 1/t would make 1e7 of it.
     zero = found[3 * KINDS.index("zero") :][:3]
-    assert special or np.abs(zero).max() <= 1e-3
+    assert special or ridge or np.abs(zero).max() <= 1e-3
 
 
 @pytest.mark.parametrize("method", EXPLICIT)
@@ -218,7 +229,8 @@ def test_scale_of_degenerate_matrices(method: str) -> None:
 def test_ridge_falls_back_to_the_identity_where_there_is_no_signal(method: str) -> None:
     x = np.zeros((1, 6, 6), np.float32)
     faint = x + np.float32(1e-30) * np.eye(6, dtype=np.float32)
-    np.testing.assert_allclose(polar_factor(faint, ridge=1e-4, method=method)[0], np.eye(6), atol=1e-6)
+    for nothing in (faint, x):
+        np.testing.assert_allclose(polar_factor(nothing, ridge=1e-4, method=method)[0], np.eye(6), atol=1e-6)
     deficient = np.zeros((1, 6, 6), np.float32)
     deficient[0, :2, :2] = [[0, -3], [3, 0]]
     q = np.asarray(polar_factor(deficient, ridge=1e-4, method=method)[0])
@@ -302,3 +314,28 @@ def test_products_file_is_what_the_docstring_says() -> None:
         "step_0": (4, 32, 32), "step_100": (4, 32, 32), "step_1000": (4, 32, 32), "paper_step_0": (2, 128, 128),
     }  # fmt: skip
     assert Path(isometric_products.FILE).stat().st_size < 400_000
+
+
+def test_the_reference_derivative_is_another_one_on_real_products() -> None:
+    """The oracle that tests/benchmarks/gradient.py trains with: exact where X is well conditioned, and on the products of a
+    training run wrong by an amount that depends on their scale."""
+    random = np.random.default_rng(8)
+
+    def error(x: np.ndarray) -> float:
+        cotangent = random.normal(size=x.shape).astype(np.float32)
+        found = jax.jit(jax.grad(lambda y: jnp.vdot(reference_solve.polar_factor(y), cotangent)))(x)
+        exact = twin_gradient(x, cotangent)
+        return float((np.linalg.norm(found - exact, axis=(1, 2)) / np.linalg.norm(exact, axis=(1, 2))).mean())
+
+    assert error(matrices("white", 9)) < 1e-2
+    x = isometric_products.read()["step_0"]
+    x = x / np.linalg.norm(x, axis=(1, 2), keepdims=True)
+    assert error(100 * x) > 0.05 and error(x) > 0.5
+
+
+def test_spectral_dropout_keeps_a_lower_part_of_the_spectrum() -> None:
+    keep_BxKx1 = np.asarray(gradient_benchmark.spectral_dropout(jax.random.key(0), 4000, 8))
+    assert np.all(np.diff(keep_BxKx1[:, :, 0], axis=1) <= 0) and np.all(keep_BxKx1[:, 0] == 1)
+    # METHOD.md: half of the examples, from an index that is uniform over 1..7, counted from 0.
+    share = keep_BxKx1.mean(axis=(0, 2))
+    np.testing.assert_allclose(share, 1 - 0.5 * np.arange(8) / 7, atol=0.04)

@@ -55,9 +55,7 @@ def polar_factor(
         raise ValueError(f"special and ridge are for square matrices, got {rows} x {columns}")
     x_BxRxK = x_BxRxK.astype(jnp.float32)
     if ridge:
-        largest_B = jnp.max(jnp.abs(x_BxRxK), axis=(-2, -1), keepdims=True, initial=jnp.finfo(jnp.float32).tiny)
-        norm_B = largest_B * jnp.linalg.norm(x_BxRxK / largest_B, axis=(-2, -1), keepdims=True)
-        x_BxRxK = x_BxRxK + ridge * norm_B * jnp.eye(rows, dtype=jnp.float32)
+        x_BxRxK = x_BxRxK + ridge * _frobenius(x_BxRxK) * jnp.eye(rows, dtype=jnp.float32)
     if method != "auto":
         return _polar(x_BxRxK, method, special, damping)
     if x_BxRxK.size == 0:
@@ -65,6 +63,16 @@ def polar_factor(
     # Chosen where the program is compiled for, not where it is traced: a pod's program may be compiled on a laptop.
     chosen = {name: partial(_polar, method=name, special=special, damping=damping) for name in METHODS[1:]}
     return jax.lax.platform_dependent(x_BxRxK, cpu=chosen["svd"], default=chosen["matmul"])
+
+
+def _frobenius(x_BxRxK: Array) -> Array:
+    """‖X‖_F, B x 1 x 1, without overflow or underflow of its squares; 1 for X = 0, and no gradient there."""
+    largest_Bx1x1 = jnp.max(jnp.abs(x_BxRxK), axis=(-2, -1), keepdims=True, initial=0.0)
+    some_Bx1x1 = largest_Bx1x1 > 0
+    # Both branches of a `where` are differentiated: the one that is not taken must not divide by zero either.
+    scale_Bx1x1 = jax.lax.stop_gradient(jnp.where(some_Bx1x1, largest_Bx1x1, 1.0))
+    squares_Bx1x1 = jnp.sum((x_BxRxK / scale_Bx1x1) ** 2, axis=(-2, -1), keepdims=True)
+    return jnp.where(some_Bx1x1, scale_Bx1x1 * jnp.sqrt(jnp.where(some_Bx1x1, squares_Bx1x1, 1.0)), 1.0)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))

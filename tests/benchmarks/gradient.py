@@ -5,7 +5,7 @@
 
 `torus`: the operator experiment in small (identity encoder, 258 channels on a 16 x 16 torus, full rank, random shifts, spectral
 dropout), on crops of the two photographs in scikit-learn. `pose`: configs/pose_encode.py:small. Arms:
-  reference      SVD derivative damped by an absolute 1e-8 (tests/reference_solve.py)
+  reference      SVD derivative damped by an absolute 1e-8 (tests/reference_solve.py); that of Φ stays exact
   exact          niso's: exact, onto O(k)
   ridge          exact, X + 1e-4 ‖X‖ I
   special        exact, onto SO(k)
@@ -100,7 +100,7 @@ def torus(arm: str, seed: int, steps: int) -> dict[str, float]:
 def spectral_dropout(key: Array, batch: int, rank: int) -> Array:
     """1 below a random index and 0 from it on, for half of the examples (METHOD.md §1), batch x rank x 1."""
     coin, at = jax.random.split(key)
-    index_B = jax.random.randint(at, (batch,), 1, rank + 1)
+    index_B = jax.random.randint(at, (batch,), 1, rank)
     drop_B = jax.random.bernoulli(coin, 0.5, (batch,))
     return jnp.where(drop_B[:, None, None] & (jnp.arange(rank)[:, None] >= index_B[:, None, None]), 0.0, 1.0)
 
@@ -170,7 +170,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("experiment", choices=("torus", "pose"))
     parser.add_argument("--steps", type=timing.positive, default=1000)
     parser.add_argument("--seeds", type=timing.positive, default=1)
-    parser.add_argument("--arms", default=",".join(ARMS), type=lambda text: text.split(","))
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=tuple(ARMS))
     parser.add_argument("--json", type=timing.json_file)
     options = parser.parse_args(argv)
     timing.print_surroundings()
@@ -180,13 +180,14 @@ def main(argv: Sequence[str]) -> int:
         for arm in options.arms:
             rows.append({"arm": arm, "seed": seed} | train(arm, seed, options.steps))
             print("  ".join(f"{key} {timing.readable(value)}" for key, value in rows[-1].items()), flush=True)
-    print(f"\nmean over {options.seeds} seed(s) ± standard error, {options.steps} steps")
+    of = f"mean over {options.seeds} seeds ± standard error" if options.seeds > 1 else "one seed"
+    print(f"\n{of}, {options.steps} steps")
     for arm in options.arms:
         cells = []
         for key in rows[0].keys() - {"arm", "seed"}:
             values = [row[key] for row in rows if row["arm"] == arm]
-            error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-            cells.append(f"{key} {statistics.mean(values):.4g} ± {error:.2g}")
+            error = f" ± {statistics.stdev(values) / len(values) ** 0.5:.2g}" if len(values) > 1 else ""
+            cells.append(f"{key} {statistics.mean(values):.4g}{error}")
         print(f"{arm:<10}", "  ".join(sorted(cells)))
     timing.write(options.json, argv, rows)
     return 0
