@@ -5,8 +5,8 @@
     tau_PxKxK = model.isometry(coefficient_TxKxC[:-1], coefficient_TxKxC[1:])
     relative_Px4x4 = model.relative_poses(coefficient_TxKxC, [1])[1]
 
-Everything takes and returns numpy arrays of any number of rows; inside, rows go to the devices in chunks of one size, the last
-one filled up, so that each function is compiled once.
+Everything takes and returns numpy arrays of any number of rows; inside, rows go to the devices in chunks, the last one filled up
+to a power of two, so that each function is compiled for a few sizes only and a single frame is not as slow as thirty.
 """
 
 import copy
@@ -172,11 +172,20 @@ class Model:
             return np.zeros((0, *result.shape[1:]), result.dtype)
         return np.concatenate([*done, np.asarray(running)])[: len(next(iter(rows.values())))]
 
+    def _size(self, rows: int) -> int:
+        """How many rows go to the devices for these: the fewest of the mesh's share times 1, 2, 4, ... that hold them, or all."""
+        size = self._mesh.shape["data"] if self._mesh else 1
+        while size < rows:
+            size *= 2
+        return min(size, self.chunk)
+
     def _chunks(self, rows: dict[str, np.ndarray]) -> Iterator[dict[str, Array]]:
-        """The rows, `chunk` at a time and placed; the last chunk is filled up with zeros."""
+        """The rows, `chunk` at a time and placed; the last ones are filled up with zeros to one of a few sizes."""
         places = sharding.batch_sharding(self._mesh, rows) if self._mesh else {}
-        for start in range(0, len(next(iter(rows.values()))), self.chunk):
-            part = {name: _filled(array[start : start + self.chunk], self.chunk) for name, array in rows.items()}
+        count = len(next(iter(rows.values())))
+        for start in range(0, count, self.chunk):
+            size = self._size(count - start)
+            part = {name: _filled(array[start : start + self.chunk], size) for name, array in rows.items()}
             yield {name: _placed(array, places.get(name)) for name, array in part.items()}
 
 

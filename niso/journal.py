@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from niso import evaluate, figures, sequences, sharding, trajectories, trajectory_figure, tree
+from niso import evaluate, figures, poses, sequences, sharding, trajectories, trajectory_figure, tree
 from niso.config import flat
 from niso.data.pipeline import PairDataset
 from niso.errors import UserError
@@ -103,7 +103,7 @@ class Journal:
         if jax.process_index() != 0:
             return
         self._keep(step, {f"trajectories_stride_{b}": trajectory_figure.draw(part.sequences) for b, part in found.items()})
-        trajectories.save(self._figure_folder(step) / "trajectories.npz", found)
+        poses.save(self._figure_folder(step) / "trajectories.npz", found, limit)
 
     def _keep(self, step: int, drawn: dict[str, np.ndarray]) -> None:
         """Figures in TensorBoard, and as files."""

@@ -19,11 +19,12 @@ the network over a larger motion.
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 import numpy as np
 
@@ -48,16 +49,44 @@ class Prediction:
     stride: int
 
 
-def predict(model: Model, frames: Frames, say: Callable[[str], None]) -> Prediction:
+class Terminal:
+    """What stands on the terminal: lines that stay, and below them a bar that is drawn anew; where there is no terminal, the
+    bar's text as a line every other second."""
+
+    def __init__(self, file: TextIO):
+        self.file, self.drawn, self.told = file, False, -math.inf
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self.file.write(("\r\033[K" if self.drawn else "") + f"niso: {line}\n")
+        self.file.flush()
+        self.drawn = False
+
+    def show(self, done: int, total: int | None, seconds: float) -> None:
+        """The bar: frames done, of how many if that is known, and how fast."""
+        speed = f", {done / seconds:.0f} frames/s" if done and seconds > 0 else ", compiling"
+        text = f"{done} of {total} frames{speed}" if total else f"{done} frames{speed}"
+        if self.file.isatty():
+            filled = 30 * min(done, total) // total if total else 0
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] " if total else ""
+            self.file.write(f"\r\033[K{bar}{text}")
+            self.file.flush()
+            self.drawn = True
+        elif time.monotonic() - self.told > 2:
+            self.say(text)
+            self.told = time.monotonic()
+
+
+def predict(model: Model, frames: Frames, terminal: Terminal) -> Prediction:
     """Reads the frames, encodes each once and chains the relative poses of consecutive ones.
 
     Args:
-      say: Is told what there is to know on the way, a line at a time.
+      terminal: Is told what there is to know on the way.
 
     Raises:
       UserError: fewer than two frames can be read, or a pose is not finite.
     """
-    used, coefficient_TxKxC = _encode(model, frames, say)
+    used, coefficient_TxKxC = _encode(model, frames, terminal)
     first_TxKxC, second_TxKxC = coefficient_TxKxC[:-1], coefficient_TxKxC[1:]
     relative_Tx4x4 = model.relative_pose(first_TxKxC, second_TxKxC).astype(np.float64)
     for frame, relative_4x4 in zip(used[1:], relative_Tx4x4, strict=True):
@@ -74,17 +103,19 @@ def predict(model: Model, frames: Frames, say: Callable[[str], None]) -> Predict
     )
 
 
-def _encode(model: Model, frames: Frames, say: Callable[[str], None]) -> tuple[list[Frame], np.ndarray]:
+def _encode(model: Model, frames: Frames, terminal: Terminal) -> tuple[list[Frame], np.ndarray]:
     """The frames that can be read, without their pictures, and their coefficients; a chunk of pictures is held at a time."""
     used: list[Frame] = []
     unread: list[Frame] = []
     parts, chunk = [], []
-    total, told = frames.count(), time.monotonic()
+    total, begun = frames.count(), time.monotonic()
     if total is not None and total < 2:
         raise _too_few(frames, total, total)
-    for frame in frames.read(model.size):
+    for index, frame in enumerate(frames.read(model.size)):
+        if index == 0:
+            terminal.show(0, total, 0.0)
         if frame.image_HxWxC is None:
-            say(f"{frame.name} is left out: {frame.problem}")
+            terminal.say(f"{frame.name} is left out: {frame.problem}")
             unread.append(frame)
             continue
         chunk.append(frame.image_HxWxC)
@@ -92,16 +123,14 @@ def _encode(model: Model, frames: Frames, say: Callable[[str], None]) -> tuple[l
         if len(chunk) == model.chunk:
             parts.append(model.encode(np.stack(chunk)))
             chunk = []
-            if time.monotonic() - told > 2:
-                say(f"{len(used)}{f' of {total - len(unread)}' if total else ''} frames encoded")
-                told = time.monotonic()
+            terminal.show(len(used), total and total - len(unread), time.monotonic() - begun)
     if len(used) < 2:
         raise _too_few(frames, len(used) + len(unread), len(used))
     if chunk:
         parts.append(model.encode(np.stack(chunk)))
-    say(f"{len(used)} frames encoded")
+    terminal.say(f"{len(used)} frames encoded")
     if unread:
-        say(f"{len(unread)} frame(s) could not be read: the path goes on over each gap as if it were one step")
+        terminal.say(f"{len(unread)} frame(s) could not be read: the path goes on over each gap as if it were one step")
     return used, np.concatenate(parts)
 
 
@@ -194,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
         model = inference.load(options.run, options.step)
         _check_model(model)
         _check_out(options.out, options.overwrite)
-        prediction = predict(model, frames, lambda line: print(f"niso: {line}", file=sys.stderr))
+        prediction = predict(model, frames, Terminal(sys.stderr))
         write(prediction, options.out, f"Camera path of {options.frames.name}")
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)

@@ -2,11 +2,10 @@
 
 import numpy as np
 
-from niso import trajectories
 from niso.data.pipeline import PairDataset
 from niso.geometry import camera, trajectory
 from niso.inference import Model
-from niso.trajectories import Stride, frames_of
+from niso.poses import Sequence, Stride, frames_of
 
 # Training videos behind the mean motion baseline, evenly spread: their poses cost 5 ms a video to read.
 MEAN_OF = 500
@@ -20,14 +19,14 @@ def estimate(
     Args:
       limit: frames of a video that count, from its first. motions: what `mean_motions` found.
     """
-    found: dict[int, list[trajectories.Sequence]] = {stride: [] for stride in strides}
+    found: dict[int, list[Sequence]] = {stride: [] for stride in strides}
     for index, sequence in enumerate(dataset.sequences("test")):
         frames_TxHxWxC, truth_Tx4x4 = dataset.read_sequence("test", index, slice(0, limit))
         relatives = model.relative_poses(model.encode(frames_TxHxWxC), strides)
         for stride, relative_Px4x4 in relatives.items():
             chosen_Nx4x4 = truth_Tx4x4[frames_of(len(truth_Tx4x4), stride, limit)]
             estimate_Nx4x4 = trajectory.compose(chosen_Nx4x4[0], relative_Px4x4.astype(np.float64))
-            found[stride].append(trajectories.Sequence(sequence.name, chosen_Nx4x4, estimate_Nx4x4))
+            found[stride].append(Sequence(f"{sequence.category}/{sequence.name}", chosen_Nx4x4, estimate_Nx4x4))
     return {stride: Stride(tuple(sequences), motions[stride]) for stride, sequences in found.items()}
 
 

@@ -89,7 +89,11 @@ def parameter_sharding(mesh: Mesh, rules: Rules, params: dict[str, Any]) -> dict
         spec = PartitionSpec(*rule[1])
         for size, axis in zip(params[name].shape, rule[1], strict=False):
             if axis is not None and size % mesh.shape[axis]:
-                raise UserError(f"{name} has {size} rows, which mesh.{axis}={mesh.shape[axis]} does not divide")
+                shape = " x ".join(map(str, params[name].shape))
+                raise UserError(
+                    f"{name} is {shape}, and mesh.{axis}={mesh.shape[axis]} does not divide its {size}: "
+                    f"choose a mesh.{axis} that does, or another size"
+                )
         shardings[name] = NamedSharding(mesh, spec)
     return shardings
 

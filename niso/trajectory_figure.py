@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 
 from niso import canvas
 from niso.geometry import trajectory
-from niso.trajectories import Sequence
+from niso.poses import Sequence
 
 TRUE = canvas.INK
 ESTIMATED = (214, 76, 40)

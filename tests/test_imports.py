@@ -16,7 +16,7 @@ Sources = dict[str, str]  # module -> text
 
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
 BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
-    "niso.trajectories", "niso.trajectory_figure", "niso.trajectory_files",
+    "niso.poses", "niso.trajectories", "niso.trajectory_figure", "niso.trajectory_files",
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal", "niso.optimizer", "niso.sharding",
@@ -27,8 +27,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.errors": set(),
     "niso.canvas": {"niso.errors"},
     "niso.figures": {"niso.canvas", "niso.errors"},
-    "niso.trajectories": {"niso.errors", "niso.geometry"},
-    "niso.trajectory_figure": {"niso.canvas", "niso.errors", "niso.geometry", "niso.trajectories"},
+    "niso.poses": {"niso.errors", "niso.geometry"},
+    "niso.trajectories": {"niso.errors", "niso.geometry", "niso.poses"},
+    "niso.trajectory_figure": {"niso.canvas", "niso.errors", "niso.geometry", "niso.poses"},
     "niso.trajectory_files": {"niso.errors"},
     "niso.geometry": {"niso.errors"},
     "niso.metrics": {"niso.errors"},
@@ -55,6 +56,7 @@ LIBRARIES: dict[str, set[str]] = {
     "niso.errors": set(),
     "niso.canvas": {"numpy", "PIL"},
     "niso.figures": {"numpy", "PIL"},
+    "niso.poses": {"numpy"},
     "niso.trajectories": {"numpy"},
     "niso.trajectory_figure": {"numpy", "PIL"},
     "niso.trajectory_files": {"numpy"},

@@ -309,7 +309,7 @@ def test_the_first_kernel_is_split_over_space() -> None:
         results.append(metrics.values(one.train(state, tiny.place(one, batch()))[1]))
     for name, value in results[1].items():
         assert results[0][name] == pytest.approx(value, rel=1e-3), name
-    with pytest.raises(UserError, match="head/layers/0/kernel has 6 rows"):
+    with pytest.raises(UserError, match=r"head/layers/0/kernel is 16 x 6, and mesh\.space=4 does not divide its 6"):
         program(1, 4, task__head_width=6)
 
 

@@ -1,6 +1,7 @@
 """A user's own frames: read as the records' were, their camera path in files that other programs read, mistakes in one line."""
 
 import functools
+import io
 import itertools
 import pathlib
 import sys
@@ -92,7 +93,8 @@ def test_a_folder_becomes_a_path_that_others_read(run, folder, tmp_path, capfd) 
     out = tmp_path / "new" / "out"
     assert call("--run", run, "--frames", folder, "--out", out) == 0
     told = capfd.readouterr()
-    assert told.err == f"niso: {COUNT} frames encoded\n" and told.out.startswith(f"{COUNT} poses in {out}: maps.npz, ")
+    assert told.err == f"niso: 0 of {COUNT} frames, compiling\nniso: {COUNT} frames encoded\n"
+    assert told.out.startswith(f"{COUNT} poses in {out}: maps.npz, ")
     assert sorted(path.name for path in out.iterdir()) == sorted(predict.FILES)
     want_Tx4x4 = expected(run, folder, names())
     assert trajectory.spread(want_Tx4x4[:, :3, 3]) > 0.1  # there is something to compare
@@ -170,7 +172,8 @@ def test_a_frame_that_cannot_be_read_is_named_and_the_path_goes_on(run, folder, 
     Image.fromarray(np.zeros((30, 30), np.uint16)).save(folder / "view 10.png")
     out = tmp_path / "out"
     assert call("--run", run, "--frames", folder, "--out", out, "--stride", 2) == 0
-    lines = capfd.readouterr().err.splitlines()
+    started, *lines = capfd.readouterr().err.splitlines()
+    assert started == "niso: 0 of 6 frames, compiling"
     assert [line.split(" is left out: ")[0] for line in lines[:3]] == [
         f"niso: {name}" for name in (names()[4], names()[8], "view 10.png")
     ]
@@ -291,3 +294,23 @@ def test_the_figure_of_a_path() -> None:
     for ink_HxW in painted:
         assert ink_HxW[:, : ink_HxW.shape[1] // 2].any() and ink_HxW[:, ink_HxW.shape[1] // 2 :].any()
     assert painted[0].sum() > 3 * painted[1].sum()
+
+
+class Screen(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_bar_is_drawn_in_place_and_lines_stay() -> None:
+    screen, file = Screen(), io.StringIO()
+    for terminal in (predict.Terminal(screen), predict.Terminal(file)):
+        terminal.show(0, 4, 0.0)
+        terminal.show(2, 4, 0.5)
+        terminal.say("3.png is left out")
+        terminal.show(4, 4, 1.0)
+    drawn = screen.getvalue()
+    assert drawn.count("\n") == 1 and "niso: 3.png is left out\n" in drawn
+    assert f"[{15 * '#'}{15 * '.'}] 2 of 4 frames, 4 frames/s" in drawn and drawn.endswith(
+        f"[{30 * '#'}] 4 of 4 frames, 4 frames/s"
+    )
+    assert file.getvalue() == "niso: 0 of 4 frames, compiling\nniso: 3.png is left out\n"  # nothing more within 2 seconds

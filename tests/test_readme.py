@@ -30,8 +30,8 @@ RUN = {
     "--config.task.dtype=bfloat16": {},
     "--config=configs/pose_encode.py ": {},
     "--config=configs/pose_encode.py:small ": {},
-    "--config=configs/pose_pred.py:small ": {},
-    "niso.trajectories": {"step_00003000": "step_00000002", "--limit 60": "--limit 16"},
+    "--config=configs/pose_pred.py:small": {":small": ":small --config.task.limit=16"},
+    "niso.trajectories": {"step_00003000": "step_00000002"},
     "niso.predict": {"FRAMES": "$(ls -d twin/*/*/images | head -1)"},
 }
 NOT_RUN = {

@@ -24,7 +24,7 @@ class Videos:
 
     def sequences(self, split: str) -> list[Any]:
         assert split == "test"
-        return [types.SimpleNamespace(name=f"category/{index}", length=length) for index, length in enumerate(LENGTHS)]
+        return [types.SimpleNamespace(category="category", name=str(index), length=length) for index, length in enumerate(LENGTHS)]
 
     def read_sequence(self, split: str, index: int, frames: slice) -> tuple[np.ndarray, np.ndarray]:
         assert split == "test"

@@ -60,7 +60,7 @@ def test_every_parameter_has_a_rule_and_every_rule_a_parameter() -> None:
         sharding.parameter_sharding(mesh, (("a/.*", ()),), params)
     with pytest.raises(UserError, match="no parameter for c"):
         sharding.parameter_sharding(mesh, ((".*", ()), ("c", ())), params)
-    with pytest.raises(UserError, match=r"a/w has 8 rows.*data=3"):
+    with pytest.raises(UserError, match=r"a/w is 8 x 3, and mesh.data=3 does not divide its 8"):
         sharding.parameter_sharding(mesh_of(3), ((".*", ("data",)),), params)
 
 

@@ -6,10 +6,10 @@ import json
 import numpy as np
 import pytest
 
-from niso import trajectories, trajectory_figure
+from niso import poses, trajectories, trajectory_figure
 from niso.errors import UserError
 from niso.geometry import camera, trajectory
-from niso.trajectories import Sequence, Stride
+from niso.poses import Sequence, Stride
 from tests.test_trajectory import drifting, moved, turntable
 
 
@@ -37,10 +37,10 @@ def resting(sequence):
 
 
 def test_the_frames_are_those_of_the_published_evaluation():
-    np.testing.assert_array_equal(trajectories.frames_of(202, 10), np.arange(0, 200, 10))
-    np.testing.assert_array_equal(trajectories.frames_of(9, 4), [0, 4, 8])
-    np.testing.assert_array_equal(trajectories.frames_of(202, 8, limit=60), np.arange(0, 60, 8))
-    assert [len(trajectories.frames_of(500, stride)) for stride in (1, 2, 4, 6, 8, 10)] == [200, 100, 50, 34, 25, 20]
+    np.testing.assert_array_equal(poses.frames_of(202, 10), np.arange(0, 200, 10))
+    np.testing.assert_array_equal(poses.frames_of(9, 4), [0, 4, 8])
+    np.testing.assert_array_equal(poses.frames_of(202, 8, limit=60), np.arange(0, 60, 8))
+    assert [len(poses.frames_of(500, stride)) for stride in (1, 2, 4, 6, 8, 10)] == [200, 100, 50, 34, 25, 20]
 
 
 def test_scores_are_means_of_the_per_sequence_errors():
@@ -101,8 +101,9 @@ def test_the_file_keeps_everything_and_the_limit_sets_the_full_count(tmp_path):
         10: Stride(tuple(sequences(2, 20)), mean_motion(sequences(2, 20))),
         2: Stride((broken(sequences(1)[0]), *sequences(2, 6, seed=1))),
     }
-    trajectories.save(tmp_path / "poses", strides)
-    again = trajectories.load(tmp_path / "poses")
+    poses.save(tmp_path / "poses", strides)
+    again, limit = poses.load(tmp_path / "poses")
+    assert limit == 200
     assert list(again) == [2, 10] and again[2].mean_motion_4x4 is None
     np.testing.assert_array_equal(again[10].mean_motion_4x4, strides[10].mean_motion_4x4)
     for stride, part in strides.items():
@@ -123,9 +124,12 @@ def test_the_command_line_prints_a_table_and_writes_json(tmp_path, capsys):
     file = tmp_path / "poses.npz"
     chosen = [resting(sequences()[0]), broken(sequences()[1]), *sequences(3, seed=2)]
     strides = {10: Stride((resting(sequences(1, 4)[0]),)), 1: Stride(tuple(chosen), mean_motion(chosen)), 2: Stride(tuple(chosen))}
-    trajectories.save(file, strides)
+    poses.save(file, strides, limit=44)
+    assert trajectories.main([str(file)]) == 0
+    by_default = capsys.readouterr().out
     assert trajectories.main([str(file), "--json", str(tmp_path / "scores.json"), "--limit", "44"]) == 0
     out, error = capsys.readouterr()
+    assert out == by_default
     print(out)
     assert error == "" and max(map(len, out.splitlines())) <= 132
     assert out.isascii() and "nan" not in out
@@ -213,7 +217,9 @@ def test_no_file_and_no_place_to_write_are_one_clear_line(tmp_path, capsys):
     assert "cannot write" in complaint(file, "--limit", 40, "--json", tmp_path / "none" / "scores.json")
     assert "at least 1" in complaint(file, "--limit", 0)
     with pytest.raises(UserError, match="cannot write"):
-        trajectories.save(tmp_path / "none" / "poses.npz", {})
+        poses.save(tmp_path / "none" / "poses.npz", {})
+    with pytest.raises(ValueError, match="two sequences of one name at stride 3"):
+        poses.save(tmp_path / "poses.npz", {3: Stride(2 * tuple(sequences(1)))})
 
 
 def test_the_figure_shows_a_turntable_from_above():

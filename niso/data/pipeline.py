@@ -240,7 +240,7 @@ class PairDataset:
         """
         chosen = self._split(split)  # one thread: parsing holds the interpreter, more take longer
         count = len(chosen.reader.sequences)
-        return [chosen.poses(index) for index in range(0, count, -(-count // (at_most or count)))]
+        return [chosen.poses(int(index)) for index in np.linspace(0, count - 1, min(count, at_most or count))]
 
     def _split(self, name: str) -> Split:
         return {"train": self._train, "test": self._test}[name]

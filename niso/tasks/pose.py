@@ -18,7 +18,7 @@ from niso.tasks.base import Batch, Rules
 from niso.tasks.latent import Latent
 
 REST = 1e-8  # a camera that moves less, in the world's units, rests: float64 poses leave 1e-15
-FLOOR = 1e-3  # of the estimate's size, under which it is not scaled up further: a bound on the gradient
+FLOOR = 1e-3  # in the head's own unit; a smaller estimate is not scaled up further: a bound on the gradient
 
 
 class Estimator(nnx.Module):
