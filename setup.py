@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 version = re.search(r'__version__ = "(.*)"', Path(__file__).with_name("niso").joinpath("__init__.py").read_text())
 assert version is not None
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "ruff>=0.17,<0.18", "mypy>=1.18", "evo>=1.38"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "mypy>=1.18", "evo>=1.38"]
 
 setup(
     name="niso",

@@ -79,15 +79,13 @@ def test_mesh_and_batch_must_fit() -> None:
         sharding.check_batch(mesh_of(4), 12, 2)
 
 
-@pytest.mark.parametrize("method", ["auto", "matmul"])
-@pytest.mark.parametrize("batch", [8, 4, 3])
+@pytest.mark.parametrize("batch,method", [(8, "auto"), (4, "auto"), (3, "auto"), (3, "matmul")])
 def test_sharded_solve_is_the_solve(batch: int, method: str) -> None:
     mesh = mesh_of(4, 2)
     split = partial(sharding.sharded(polar_factor, mesh), method=method)
     x = jnp.asarray(matrices("white", 6, batch))
     cotangent = jax.random.normal(jax.random.key(0), x.shape)
-    for f in (partial(split, special=True), jax.jit(partial(split, special=True))):
-        np.testing.assert_allclose(f(x), polar_factor(x, special=True), atol=1e-5)
+    np.testing.assert_allclose(jax.jit(partial(split, special=True))(x), polar_factor(x, special=True), atol=1e-5)
     gradients = [jax.jit(jax.grad(lambda y, f=f: jnp.vdot(f(y), cotangent)))(x) for f in (split, polar_factor)]
     np.testing.assert_allclose(*gradients, rtol=1e-4, atol=1e-4)
 
