@@ -46,7 +46,7 @@ class Model:
           graphdef, params: As `tree.flatten` returns them.
           mesh: Where the parameters live, if they are split: batches are split over it too, results are replicated. All of its
             processes call the same methods with the same arrays.
-          chunk: Rows that go to the devices at a time.
+          chunk: Rows that go to the devices at a time, at most.
 
         Raises:
           UserError: the task has no isometries, or the mesh does not divide the chunk.
@@ -80,7 +80,7 @@ class Model:
 
     @property
     def has_pose_head(self) -> bool:
-        """Whether `relative_pose` and `relative_poses` can be asked."""
+        """Whether `relative_pose`, `pose_of` and `relative_poses` can be asked."""
         return hasattr(self.task, "relative_pose")
 
     def encode(self, image_BxHxWxC: np.ndarray) -> np.ndarray:
@@ -116,10 +116,19 @@ class Model:
         Raises:
           UserError: these are not as many coefficients of this model, or the run has no pose head.
         """
-        if not self.has_pose_head:
-            name = type(self.task).__name__.lower()
-            raise UserError(f"this run (task {name}) has no pose head: run niso.main --config=configs/pose_pred.py first")
+        self._check_head()
         return self._by_chunks(self._functions.relative_pose, **self._pairs(a_BxKxC, b_BxKxC))
+
+    def pose_of(self, tau_BxKxK: np.ndarray) -> np.ndarray:
+        """`relative_pose` of the pairs whose `isometry` is already known, B x 4 x 4, float32: nothing is solved again.
+
+        Raises:
+          UserError: these are not maps of this model, or the run has no pose head.
+        """
+        self._check_head()
+        tau_BxKxK = np.asarray(tau_BxKxK, np.float32)
+        self._check_shape("maps", tau_BxKxK, (self.task.order, self.task.order))
+        return self._by_chunks(self._functions.pose_of, tau_BxKxK=tau_BxKxK)
 
     def relative_poses(self, coefficient_TxKxC: np.ndarray, strides: Iterable[int]) -> dict[int, np.ndarray]:
         """The relative poses along a sequence's frames 0, b, 2b, ... for every stride b, from the coefficients of all frames.
@@ -153,6 +162,11 @@ class Model:
         if len(a_BxKxC) != len(b_BxKxC):
             raise UserError(f"coefficients of {len(a_BxKxC)} first and {len(b_BxKxC)} second frames: a pair has one of each")
         return pairs
+
+    def _check_head(self) -> None:
+        if not self.has_pose_head:
+            name = type(self.task).__name__.lower()
+            raise UserError(f"this run (task {name}) has no pose head: run niso.main --config=configs/pose_pred.py first")
 
     def _check_shape(self, what: str, array: np.ndarray, row: tuple[int, ...]) -> None:
         if array.ndim != len(row) + 1 or array.shape[1:] != row:
@@ -220,6 +234,7 @@ class _Functions(NamedTuple):
     encode: Callable[..., Array]
     isometry: Callable[..., Array]
     relative_pose: Callable[..., Array]
+    pose_of: Callable[..., Array]
 
 
 def _compile(task: Any, graphdef: nnx.GraphDef, mesh: Mesh | None) -> _Functions:
@@ -235,8 +250,11 @@ def _compile(task: Any, graphdef: nnx.GraphDef, mesh: Mesh | None) -> _Functions
     def relative_pose(params: tree.Params, maps: Any, a_BxKxC: Array, b_BxKxC: Array) -> Array:
         return task.relative_pose(merged(params), task.isometry(maps, a_BxKxC, b_BxKxC))
 
+    def pose_of(params: tree.Params, maps: Any, tau_BxKxK: Array) -> Array:
+        return task.relative_pose(merged(params), tau_BxKxK)
+
     whole = sharding.replicated(mesh) if mesh else None
-    over_rows = (jax.jit(function, out_shardings=whole) for function in (encode, isometry, relative_pose))
+    over_rows = (jax.jit(function, out_shardings=whole) for function in (encode, isometry, relative_pose, pose_of))
     return _Functions(jax.jit(lambda params: merged(params).operator.maps()), *over_rows)
 
 

@@ -100,8 +100,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[int, Stride], int]:
     """
     arrays = _read(path)
     limit = arrays.pop("limit", np.array(LIMIT))
-    if limit.shape != () or not limit >= 1:
-        raise UserError(f"{path}: limit must be one number, at least 1")
+    if limit.shape != () or not (limit >= 1 and float(limit).is_integer()):
+        raise UserError(f"{path}: limit must be one whole number, at least 1")
     names: dict[int, set[str]] = {}
     for key in arrays:
         stride, _, rest = key.partition("/")

@@ -68,7 +68,7 @@ class Terminal:
         text = f"{done} of {total} frames{speed}" if total else f"{done} frames{speed}"
         if self.file.isatty():
             filled = 30 * min(done, total) // total if total else 0
-            bar = f"[{'#' * filled}{'.' * (30 - filled)}] " if total else ""
+            bar = f"[{'#' * filled}{'.' * (30 - filled)}] {100 * min(done, total) // total:3} %  " if total else ""
             self.file.write(f"\r\033[K{bar}{text}")
             self.file.flush()
             self.drawn = True
@@ -87,8 +87,8 @@ def predict(model: Model, frames: Frames, terminal: Terminal) -> Prediction:
       UserError: fewer than two frames can be read, or a pose is not finite.
     """
     used, coefficient_TxKxC = _encode(model, frames, terminal)
-    first_TxKxC, second_TxKxC = coefficient_TxKxC[:-1], coefficient_TxKxC[1:]
-    relative_Tx4x4 = model.relative_pose(first_TxKxC, second_TxKxC).astype(np.float64)
+    tau_TxKxK = model.isometry(coefficient_TxKxC[:-1], coefficient_TxKxC[1:])
+    relative_Tx4x4 = model.pose_of(tau_TxKxK).astype(np.float64)
     for frame, relative_4x4 in zip(used[1:], relative_Tx4x4, strict=True):
         if not np.isfinite(relative_4x4).all():
             raise UserError(f"the pose of {frame.name} is not finite: choose another checkpoint of the run")
@@ -96,7 +96,7 @@ def predict(model: Model, frames: Frames, terminal: Terminal) -> Prediction:
     return Prediction(
         name_T=[frame.name for frame in used],
         time_T=np.array([frame.time for frame in used]),
-        tau_TxKxK=model.isometry(first_TxKxC, second_TxKxC),
+        tau_TxKxK=tau_TxKxK,
         relative_Tx4x4=relative_Tx4x4,
         pose_Tx4x4=trajectory.compose(np.eye(4), relative_Tx4x4),
         stride=frames.stride,
@@ -215,6 +215,7 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """The command line; returns the exit code: 0, 2 after a message to the user."""
+    terminal = Terminal(sys.stderr)
     try:
         options = _parse(argv)
         if options.stride < 1:
@@ -223,10 +224,10 @@ def main(argv: list[str] | None = None) -> int:
         model = inference.load(options.run, options.step)
         _check_model(model)
         _check_out(options.out, options.overwrite)
-        prediction = predict(model, frames, Terminal(sys.stderr))
+        prediction = predict(model, frames, terminal)
         write(prediction, options.out, f"Camera path of {options.frames.name}")
     except UserError as error:
-        print(f"niso: {error}", file=sys.stderr)
+        terminal.say(str(error))  # not behind the bar
         return 2
     print(f"{len(prediction.name_T)} poses in {options.out}: {', '.join(FILES)}")
     return 0

@@ -123,7 +123,18 @@ def test_the_answers_are_the_tasks_for_any_number_of_frames(answers, model, coun
     np.testing.assert_allclose(coefficient_BxKxC, want_BxKxC[:count], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(tau_BxKxK, want_BxKxK[:count], atol=1e-4)
     np.testing.assert_allclose(pose_Bx4x4, want_Bx4x4[:count], atol=1e-4)
+    np.testing.assert_allclose(model.pose_of(tau_BxKxK), pose_Bx4x4, atol=1e-5)
     assert np.ptp(want_Bx4x4[:, :3], axis=0).max() > 1e-2
+
+
+def test_few_rows_go_to_the_devices_in_few_sizes(on_eight, model) -> None:
+    def sizes(model: Model, count: int) -> list[int]:
+        return [len(part["image_BxHxWxC"]) for part in model._chunks({"image_BxHxWxC": frames(count)})]
+
+    program, state = on_eight
+    meshed = Model(program.task, program.graphdef, state.params | state.frozen, program.mesh, chunk=12)
+    assert [sizes(model, count) for count in (0, 1, 2, 3, 5, 11)] == [[], [1], [2], [4], [4, 1], [4, 4, 4]]
+    assert [sizes(meshed, count) for count in (1, 5, 9, 13)] == [[4], [8], [12], [12, 4]]
 
 
 def test_uint8_and_floats_are_the_same_frames(model) -> None:
@@ -201,6 +212,7 @@ def test_refusals_are_one_clear_line(model, saved, tmp_path) -> None:
         model.isometry, a_BxKxC, a_BxKxC.transpose(0, 2, 1)
     )
     assert "coefficients of 2 first and 1 second frames" in refusal(model.isometry, a_BxKxC, a_BxKxC[:1])
+    assert "maps have the shape (2, 6, 8), this run's are (any number, 6, 6)" in refusal(model.pose_of, a_BxKxC)
     assert f"no run in {tmp_path}/none: there is no such folder" in refusal(inference.load, f"{tmp_path}/none")
     assert f"no checkpoint in {tmp_path}/checkpoints; train that run first" in refusal(inference.load, tmp_path)
     assert "no checkpoint of step 7 in" in refusal(inference.load, saved[0], 7)

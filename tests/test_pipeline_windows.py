@@ -168,3 +168,5 @@ def test_poses_are_read_without_the_pictures(tmp_path, monkeypatch):
         for s, pose_Tx4x4 in enumerate(found):
             assert pose_Tx4x4.dtype == np.float64
             assert np.array_equal(pose_Tx4x4, [pose(s, frame) for frame in range(lengths[s])])
+    for at_most, chosen in ((1, [0]), (3, [0, 1, 3]), (4, range(4)), (9, range(4))):  # 3 of 4: not every second one
+        assert [len(pose_Tx4x4) for pose_Tx4x4 in dataset.poses("train", at_most)] == [TRAIN[s] for s in chosen]

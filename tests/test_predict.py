@@ -310,7 +310,16 @@ def test_the_bar_is_drawn_in_place_and_lines_stay() -> None:
         terminal.show(4, 4, 1.0)
     drawn = screen.getvalue()
     assert drawn.count("\n") == 1 and "niso: 3.png is left out\n" in drawn
-    assert f"[{15 * '#'}{15 * '.'}] 2 of 4 frames, 4 frames/s" in drawn and drawn.endswith(
-        f"[{30 * '#'}] 4 of 4 frames, 4 frames/s"
+    assert f"[{15 * '#'}{15 * '.'}]  50 %  2 of 4 frames, 4 frames/s" in drawn and drawn.endswith(
+        f"[{30 * '#'}] 100 %  4 of 4 frames, 4 frames/s"
     )
     assert file.getvalue() == "niso: 0 of 4 frames, compiling\nniso: 3.png is left out\n"  # nothing more within 2 seconds
+
+
+def test_a_mistake_does_not_stand_behind_the_bar(run, folder, tmp_path, monkeypatch) -> None:
+    picture(1, 10, 10).save(folder / names()[1])
+    monkeypatch.setattr(sys, "stderr", screen := Screen())
+    assert call("--run", run, "--frames", folder, "--out", tmp_path / "out", "--intrinsics", "9,9,20,15") == 2
+    bar, line = screen.getvalue().removeprefix("\r\033[K").split("\r\033[K")
+    assert bar == f"[{30 * '.'}]   0 %  0 of {COUNT} frames, compiling"
+    assert line == "niso: the principal point 20,15 of --intrinsics lies outside of frames of 10 x 10 pixels\n"

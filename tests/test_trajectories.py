@@ -178,6 +178,8 @@ WRONG = {
     "unknown stride": (plain(**{"stride_x/mean_motion_4x4": np.eye(4)}), "unknown key 'stride_x/mean_motion_4x4'"),
     "mean motion": (plain(**{"stride_1/mean_motion_4x4": np.eye(3)}), "stride_1/mean_motion_4x4 must be one finite pose"),
     "mean motion not rigid": (plain(**{"stride_1/mean_motion_4x4": 2 * np.eye(4)}), "stride_1/mean_motion_4x4: pose 0 is not"),
+    "limit": (plain(limit=np.inf), "limit must be one whole number, at least 1"),
+    "limits": (plain(limit=np.array([60, 60])), "limit must be one whole number"),
     "words": (plain(**{"stride_1/a/truth_Tx4x4": np.array(["a"])}), "it must hold real numbers"),
     "objects": (plain(**{"stride_1/a/truth_Tx4x4": np.array([None])}), "is not an npz file of plain arrays"),
     "all too short": (plain(), "no sequence can be scored with --limit 200"),
