@@ -68,14 +68,15 @@ def tiny_records() -> str:
 
 
 def start(
-    workdir: pathlib.Path, *arguments: str, hooks: Sequence[str] = (), devices: int = 1, optimize: bool = False, **changes: Any
-) -> subprocess.Popen:
-    """Starts the tiny run in `workdir`; `changes` are config keys with __ for the dot.
+    workdir: pathlib.Path, *arguments: str, hooks: Sequence[str] = (), devices: int = 1, optimize: bool = False,
+    config: str = "pose_encode", **changes: Any,
+) -> subprocess.Popen:  # fmt: skip
+    """Starts the tiny run of a config in `workdir`; `changes` are config keys with __ for the dot.
 
     Programs are compiled once per session and kept (`optimize`: neither kept nor compiled carelessly).
     """
     overrides = TINY | {"data.records": tiny_records()} | {k.replace("__", "."): v for k, v in changes.items()}
-    command = [sys.executable, "-m", "tests.runs", *hooks, "--", "--config=configs/pose_encode.py:quick", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "tests.runs", *hooks, "--", f"--config=configs/{config}.py:quick", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()] + list(arguments)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if not optimize:

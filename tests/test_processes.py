@@ -122,6 +122,24 @@ def test_two_processes_leave_together_at_one_step_and_only_the_first_writes(two)
     assert_same_metrics(workdir, runs.STEPS, 1e-3)  # 1.2e-4 measured, in the norm of the last gradients
 
 
+def test_two_processes_score_the_trajectories_that_one_scores(tmp_path) -> None:
+    """pose_pred: whole videos go through the model on all processes, the first writes tables, figures and poses."""
+    options: dict[str, Any] = {
+        "config": "pose_pred", "task__warm_start": (), "data__views": 3, "task__head_width": 8, "task__strides": (1, 2),
+        "task__limit": 6, "steps": 4, "optimizer__warmup": 1,
+    }  # fmt: skip
+    alone = runs.run(tmp_path / "one", **options)
+    pair = runs.run_pair(tmp_path / "two", **options)
+    assert (alone.code, [ended.code for ended in pair]) == (0, [0, 0]), (alone.err, pair)
+    assert "stride 2: " in pair[0].out and pair[1].out == ""
+    last = [runs.lines(tmp_path / name)[-1] for name in ("one", "two")]
+    scored = [name for name in last[0] if name.startswith("trajectories/")]
+    assert "trajectories/stride_2/ate_ref" in scored and last[0].keys() == last[1].keys()
+    for name in scored:
+        assert last[1][name] == pytest.approx(last[0][name], rel=1e-3, abs=1e-6), name  # float32 poses of another order of sums
+    assert (tmp_path / "two/figures/step_00000004/trajectories.npz").is_file()
+
+
 @pytest.mark.parametrize("flags", [["--processes=2"], ["--processes=2", "--coordinator=127.0.0.1:1", "--process_id=2"]])
 def test_impossible_process_flags(flags: list[str], tmp_path) -> None:
     ended = runs.run(tmp_path, *flags)
