@@ -1,5 +1,6 @@
 """Figures of what was learned: uint8 HxWx3 pages for TensorBoard and for paper. Inputs are numpy arrays; NaN is magenta."""
 
+import itertools
 import os
 from collections.abc import Sequence
 
@@ -131,17 +132,23 @@ def spectrum(eigenvalue_K: np.ndarray) -> np.ndarray:
     )
 
 
-def step_plot(value_K: np.ndarray, height: int, width: int) -> np.ndarray:
+def step_plot(value_K: np.ndarray, height: int, width: int, *, boundaries: Sequence[int] = (), label_width: int = 0) -> np.ndarray:
     """Returns values as a step function of their index, with axes whose ticks lie on round numbers.
 
     A value that is not finite is a magenta bar over the whole height.
+
+    Args:
+        boundaries: the indices at which a new cluster of values begins. Thin lines part the clusters; above each stands how
+            many values it has, where there is room.
+        label_width: the least number of pixels left of the axis: plots of one value align.
     """
     finite_F = value_K[np.isfinite(value_K)]
     low, high = min(0.0, finite_F.min(initial=0.0)), max(finite_F.max(initial=0.0), 0.0)
     high = high if high > low else low + 1
     y_ticks, x_ticks = round_numbers(low, high), [t for t in round_numbers(0, len(value_K)) if t == int(t)]
     labels = [canvas.words(f"{tick:g}", canvas.CAPTION) for tick in y_ticks]
-    left, right, top, bottom = max(label.shape[1] for label in labels) + 8, width - 10, 9, height - 24
+    left, right = max(label_width, max(label.shape[1] for label in labels) + 8), width - 10
+    top, bottom = 22 if boundaries else 9, height - 24
     fine = 3  # lines are drawn this many times larger, then averaged: smooth without a plotting library
 
     def at(x: float, y: float) -> tuple[float, float]:
@@ -155,6 +162,9 @@ def step_plot(value_K: np.ndarray, height: int, width: int) -> np.ndarray:
 
     for tick in y_ticks:
         line([at(0, tick), at(len(value_K), tick)], (228, 230, 234))
+    for index in boundaries:
+        place = round(at(index, low)[0])  # on a pixel: sharp
+        line([(place, top), (place, bottom)], canvas.FAINT)
     for k in np.flatnonzero(~np.isfinite(value_K)):
         line([at(k + 0.5, low), at(k + 0.5, high)], canvas.NOT_A_NUMBER, 2 * fine)
     line([at(0, high), at(0, low), at(len(value_K), low)], canvas.INK)
@@ -170,6 +180,13 @@ def step_plot(value_K: np.ndarray, height: int, width: int) -> np.ndarray:
     for tick in x_ticks:
         label = canvas.words(f"{tick:g}", canvas.CAPTION)
         canvas.paste(plot_HxWx3, label, bottom + 6, min(round(at(tick, low)[0]) - label.shape[1] // 2, width - label.shape[1]))
+    free = 0  # the first pixel right of the last size
+    for start, stop in itertools.pairwise(sorted({0, *boundaries, len(value_K)}) if boundaries else []):
+        label = canvas.words(str(stop - start), canvas.CAPTION)
+        place = round((at(start, low)[0] + at(stop, low)[0] - label.shape[1]) / 2) + 1
+        if free <= place <= width - label.shape[1]:
+            canvas.paste(plot_HxWx3, label, 0, place)
+            free = place + label.shape[1]
     return plot_HxWx3
 
 
