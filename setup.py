@@ -8,7 +8,7 @@ from setuptools import find_packages, setup
 version = re.search(r'__version__ = "(.*)"', Path(__file__).with_name("niso").joinpath("__init__.py").read_text())
 assert version is not None
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "mypy>=1.18", "evo>=1.38"]
+TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "mypy>=1.18", "evo>=1.38", "scikit-learn>=1.3"]
 
 setup(
     name="niso",
@@ -36,7 +36,8 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "prep": ["pillow>=10.1"],  # all that data_prep.co3d needs; the preparation of meshes and images adds to it
+        "prep": ["pillow>=10.1"],  # all that data_prep.co3d and data_prep.images need; the preparation of meshes adds to it
+        "samples": ["scikit-learn>=1.3"],  # for its two photographs, the built-in twin of a folder of images
         "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,
         "dev": [*TEST, "tensorboard-plugin-profile>=2.19"],

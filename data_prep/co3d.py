@@ -14,19 +14,16 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
 
-from data_prep import co3d_shard, co3d_source, pool
+from data_prep import co3d_shard, co3d_source, record_folder
 from data_prep.co3d_source import Selected
 from niso.data import records
 from niso.errors import UserError
 
 DATASET = "co3d"
 _SEQUENCES_PER_SHARD = 8
-_MOST_SHARDS = 1024
 
-# Shard file name -> the sequences it is to hold, in order.
-Plan = dict[str, tuple[Selected, ...]]
+Plan = record_folder.Plan[Selected]
 
 
 def prepare(
@@ -59,7 +56,13 @@ def prepare(
     Raises:
         UserError: see the message.
     """
-    _check(top_quantile, test_fraction, size, workers, shards)
+    record_folder.check(
+        size,
+        workers,
+        shards,
+        ("top_quantile", top_quantile, 0 <= top_quantile <= 1, "between 0 and 1"),
+        ("test_fraction", test_fraction, 0 < test_fraction < 1, "above 0 and below 1"),
+    )
     root, out = pathlib.Path(root), pathlib.Path(out)
     names = co3d_source.find_categories(root, categories)
     scores = co3d_source.read_scores(root, names)
@@ -77,34 +80,17 @@ def prepare(
         "shards": shards,
         "source": _fingerprint(root, chosen),
     }
-    _claim(out, options)
-    plan = {split: _plan(split, sequences, shards) for split, sequences in chosen.items()}
-    pending = {
-        file: part for of_split in plan.values() for file, part in of_split.items() if co3d_shard.finished(out, file) is None
-    }
-    complete = all((out / name).exists() for name in ["manifest.json", *(f"index-{split}.json" for split in plan)])
-    if complete and not pending:
-        if progress:
-            print(f"{out}: nothing to do, the records are complete")
-        return records.Manifest.read(out)
-    bar = pool.Progress(len(pending))
-    for part in pool.run(co3d_shard.build, _jobs(root, out, size, pending), workers):
-        if progress:
-            bar.add(part.shard.records)
-    return _finish(out, plan, options, dropped, progress)
-
-
-def _check(top_quantile: float, test_fraction: float, size: int, workers: int, shards: int | None) -> None:
-    """Refuses numbers that mean nothing."""
-    for name, value, good, rule in (
-        ("top_quantile", top_quantile, 0 <= top_quantile <= 1, "between 0 and 1"),
-        ("test_fraction", test_fraction, 0 < test_fraction < 1, "above 0 and below 1"),
-        ("size", size, size >= 1, "at least 1"),
-        ("workers", workers, workers >= 1, "at least 1"),
-        ("shards", shards, shards is None or 1 <= shards <= 99_999, "between 1 and 99999"),
-    ):
-        if not good:
-            raise UserError(f"--{name} is {value}, it must be {rule}")
+    target = record_folder.Folder(
+        out,
+        DATASET,
+        options,
+        {split: _plan(split, sequences, shards) for split, sequences in chosen.items()},
+        units="frames",
+        changed="other sequences are chosen, or the annotations of CO3D_ROOT or the list of splits have changed",
+        empty="no usable sequence in split {split} (left out: {reasons}): are the images complete?",
+        left_out=dropped,
+    )
+    return target.make(co3d_shard.build, lambda pending: _jobs(root, out, size, pending), _summarise, workers, progress)
 
 
 def _fingerprint(root: pathlib.Path, chosen: co3d_source.Splits) -> str:
@@ -118,36 +104,8 @@ def _fingerprint(root: pathlib.Path, chosen: co3d_source.Splits) -> str:
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 
 
-def _claim(out: pathlib.Path, options: dict[str, Any]) -> None:
-    """Notes the options in a new folder; refuses a folder that was begun with others."""
-    path = out / "parts" / "options.json"
-    if not path.exists():
-        if (out / "manifest.json").exists():
-            raise UserError(f"{out} holds records that were not made by this program: choose another --out")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another --out") from error
-        records.write_json(path, options)
-        return
-    before = records.read_json(path)
-    differing = [
-        f"{name} {before.get(name)} then, {value} now"
-        for name, value in options.items()
-        if before.get(name) != value and name != "source"
-    ]
-    if not differing and before.get("source") != options["source"]:
-        differing = ["other sequences are chosen, or the annotations of CO3D_ROOT or the list of splits have changed"]
-    if differing:
-        raise UserError(f"{out} was begun with other options ({'; '.join(differing)}): use the same, or another --out")
-
-
 def _plan(split: str, sequences: Sequence[Selected], shards: int | None) -> Plan:
-    """The sequences in even, consecutive parts, one per shard."""
-    total = len(sequences)
-    count = min(total, shards or min(_MOST_SHARDS, -(-total // _SEQUENCES_PER_SHARD)))
-    edges = [total * i // count for i in range(count + 1)]
-    return {f"{split}-{i:05d}-of-{count:05d}.array_record": tuple(sequences[edges[i] : edges[i + 1]]) for i in range(count)}
+    return record_folder.deal(split, sequences, shards, _SEQUENCES_PER_SHARD)
 
 
 def _jobs(root: pathlib.Path, out: pathlib.Path, size: int, pending: Plan) -> Iterator[co3d_shard.Job]:
@@ -167,42 +125,11 @@ def _jobs(root: pathlib.Path, out: pathlib.Path, size: int, pending: Plan) -> It
                 yield co3d_shard.Job(str(root), str(out), file, size, tuple(gathered.pop(file)))
 
 
-def _finish(
-    out: pathlib.Path, plan: dict[str, Plan], options: dict[str, Any], dropped: dict[str, int], progress: bool
-) -> records.Manifest:
-    """Writes the indices and, last of all, the manifest; removes what killed runs left half-written."""
-    left_out = collections.Counter(dropped)
-    splits, kept = {}, {}
-    for split, files in plan.items():
-        parts = [part for file in files if (part := co3d_shard.finished(out, file))]
-        if len(parts) < len(files):
-            raise UserError(f"{out}: shards vanished while they were made: run the same command again")
-        splits[split] = tuple(part.shard for part in parts)
-        kept[split] = [sequence for part in parts for sequence in part.sequences]
-        for part in parts:
-            left_out.update(part.left_out)
-    if progress:
-        _summarise(kept, left_out)
-    for split, sequences in kept.items():
-        if not sequences:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
-            raise UserError(f"no usable sequence in split {split} (left out: {reasons}): are the images complete?")
-        records.write_index(out, split, sequences)
-    for stale in (*out.glob(".*.tmp-*"), *out.glob("parts/.*.tmp-*")):
-        stale.unlink(missing_ok=True)
-    manifest = records.Manifest(records.FORMAT, DATASET, options["size"], options, splits, dict(left_out))
-    manifest.write(out)
-    return manifest
-
-
-def _summarise(kept: dict[str, list[records.Sequence]], left_out: dict[str, int]) -> None:
+def _summarise(kept: record_folder.Kept) -> None:
     for split, sequences in kept.items():
         frames = sum(sequence.length for sequence in sequences)
         categories = len({sequence.category for sequence in sequences})
         print(f"{split}: {len(sequences)} sequences of {categories} categories, {frames} frames")
-    for reason, count in sorted(left_out.items()):
-        if count:
-            print(f"left out: {count} {reason}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -218,15 +145,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=144, help="side of the stored images in pixels (144)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     parser.add_argument("--shards", type=int, help="files per split (one per 8 sequences, at most 1024)")
-    try:
-        prepare(**vars(parser.parse_args(argv)))
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted: run the same command again, finished shards are kept", file=sys.stderr)
-        return 130
-    return 0
+    return record_folder.command_line(prepare, parser, argv)
 
 
 if __name__ == "__main__":

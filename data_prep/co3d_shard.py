@@ -1,7 +1,4 @@
-"""One shard of CO3Dv2 frames: source images to records, and the note that says it is done.
-
-`parts/<shard>.json` is written after the shard has its final name, so a shard with a note of its size is complete.
-"""
+"""One shard of CO3Dv2 frames: source images to records."""
 
 import collections
 import dataclasses
@@ -12,16 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_prep import record_folder
 from data_prep.co3d_source import Frame, Selected
 from niso.data import records, transforms
 from niso.errors import UserError
 from niso.geometry import camera
 
 JPEG_QUALITY = 95
-_TRANSPOSING = (5, 6, 7, 8)  # values of the EXIF orientation tag that exchange height and width
-_ORIENTATION = 0x0112
-# What Pillow raises on broken files.
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,41 +29,11 @@ class Job:
     sequences: tuple[tuple[Selected, tuple[Frame, ...]], ...]
 
 
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A finished shard: its manifest entry, its sequences, and what was left out per reason."""
-
-    shard: records.Shard
-    sequences: tuple[records.Sequence, ...]
-    left_out: dict[str, int]
-
-
 class UnusableFrameError(Exception):
     """Why a frame is not stored: the reason as it is counted."""
 
 
-def _note(out: str | pathlib.Path, file: str) -> pathlib.Path:
-    return pathlib.Path(out, "parts", f"{file}.json")
-
-
-def finished(out: str | pathlib.Path, file: str) -> Part | None:
-    """The part if the shard is complete: its note exists and its size is the one noted."""
-    note, shard = _note(out, file), pathlib.Path(out, file)
-    if not note.exists() or not shard.exists():
-        return None
-    value = records.read_json(note)
-    try:
-        part = Part(
-            records.Shard(**value["shard"]),
-            tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
-            value["left_out"],
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
-    return part if shard.stat().st_size == part.shard.bytes else None
-
-
-def build(job: Job) -> Part:
+def build(job: Job) -> record_folder.Part:
     """Makes the shard and its note; depends on nothing but the job and the images, so a second run gives equal bytes.
 
     Sequences keep the job's order; one with fewer than two usable frames is left out (it has no motion).  Holds the
@@ -95,10 +59,7 @@ def build(job: Job) -> Part:
             )
             for data in encoded:
                 writer.write(data)
-    shard = records.describe_shard(pathlib.Path(job.out, job.file), writer.count)
-    part = Part(shard, tuple(sequences), dict(left_out))
-    records.write_json(_note(job.out, job.file), dataclasses.asdict(part))
-    return part
+    return record_folder.note(writer, sequences, left_out)
 
 
 def make_example(root: pathlib.Path, frame: Frame, size: int) -> records.Example:
@@ -143,11 +104,8 @@ def _load_square(path: pathlib.Path, frame: Frame, size: int) -> Image.Image:
             return _resize_square(_oriented(image, frame, size), frame, size)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnusableFrameError("frames with missing image") from error
-    except _UNREADABLE as error:
-        # A number comes from the operating system (permission, a lost network disk): dropping frames for that would
-        # make the records depend on the day.  Pillow's own complaints about a file's content have none.
-        if isinstance(error, OSError) and error.errno is not None:
-            raise UserError(f"cannot read {path}: {error.strerror}; run again when it can be read") from error
+    except transforms.UNREADABLE as error:
+        record_folder.blame_the_disk(path, error)
         raise UnusableFrameError("frames with unreadable image") from error
 
 
@@ -159,7 +117,7 @@ def _oriented(image: Image.Image, frame: Frame, size: int) -> Image.Image:
     """
     annotated = (frame.width, frame.height)
     turn = image.size != annotated
-    if turn and (image.size != annotated[::-1] or image.getexif().get(_ORIENTATION) not in _TRANSPOSING):
+    if turn and transforms.upright_size(image) != annotated:
         raise UnusableFrameError("frames with image of another size than annotated")
     transforms.decode_smaller(image, min(annotated), size)
     return ImageOps.exif_transpose(image) if turn else image

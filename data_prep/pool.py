@@ -67,19 +67,19 @@ def _follow_parent() -> None:
 
 
 class Progress:
-    """One updating line on a terminal, a line every half a minute elsewhere: shards, frames per second, time left."""
+    """One updating line on a terminal, a line every half a minute elsewhere: shards, frames or images per second, time left."""
 
-    def __init__(self, total: int, stream: TextIO | None = None):
-        self._total = total
+    def __init__(self, total: int, units: str = "frames", stream: TextIO | None = None):
+        self._total, self._units = total, units
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
         self._start = self._last = time.monotonic()
-        self._done = self._frames = 0
+        self._done = self._records = 0
 
-    def add(self, frames: int) -> None:
-        """Counts one finished shard of so many frames, and prints if it is time to."""
+    def add(self, records: int) -> None:
+        """Counts one finished shard of so many records, and prints if it is time to."""
         self._done += 1
-        self._frames += frames
+        self._records += records
         now = time.monotonic()
         if not self._tty and now - self._last < 30 and self._done < self._total:
             return
@@ -87,6 +87,6 @@ class Progress:
         elapsed = max(now - self._start, 1e-9)
         left = int(elapsed / self._done * (self._total - self._done))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        line = f"{self._done}/{self._total} shards, {self._frames / elapsed:.0f} frames/s, {clock} left"
+        line = f"{self._done}/{self._total} shards, {self._records / elapsed:.0f} {self._units}/s, {clock} left"
         end = "" if self._tty and self._done < self._total else "\n"
         print(f"\r{line:<60}" if self._tty else line, end=end, file=self._stream, flush=True)

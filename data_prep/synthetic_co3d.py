@@ -34,6 +34,8 @@ from niso.errors import UserError
 SUBSET = "fewview_dev"
 # Part of twin.json: raise it when the same options give other pictures, so that no twin is half old, half new.
 VERSION = 1
+# Twin -> options of data_prep.co3d. tiny has three sequences per category.
+PREPARATION = {name: {"top_quantile": 0.0, "test_fraction": 1 / 3 if name == "tiny" else 0.1} for name in SIZES}
 
 
 def frame_annotations(sequence: Sequence) -> list[dict[str, object]]:

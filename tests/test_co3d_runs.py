@@ -3,12 +3,7 @@
 import gzip
 import json
 import os
-import pathlib
 import shutil
-import signal
-import subprocess
-import sys
-import time
 
 import pytest
 
@@ -16,17 +11,12 @@ from data_prep import co3d, co3d_shard, co3d_source
 from niso.data import records
 from niso.errors import UserError
 from tests.co3d_tree import EVERYTHING, SIZE, make_tree, read_annotations, write_annotations
-
-_REPO = pathlib.Path(__file__).parents[1]
+from tests.prep_runs import contents, kill_in_the_third_shard
 
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     return make_tree(tmp_path_factory.mktemp("co3d"))
-
-
-def contents(out):
-    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
 @pytest.fixture(scope="module")
@@ -51,15 +41,7 @@ co3d.prepare(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))
 
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(tree, unbroken, tmp_path):
     out = tmp_path / "out"
-    process = subprocess.Popen([sys.executable, "-c", _SLOW_RUN, tree, out, json.dumps(EVERYTHING)], cwd=_REPO)
-    deadline = time.monotonic() + 20
-    while not (len(list(out.glob("parts/*record.json"))) == 2 and list(out.glob(".*.tmp-*"))):
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    done = {path: os.stat(path).st_mtime_ns for path in out.glob("*.array_record")}
-    assert len(done) == 2 and list(out.glob(".*.tmp-*")), "the run was not broken off in the middle of a shard"
+    done = kill_in_the_third_shard(out, _SLOW_RUN, tree, out, json.dumps(EVERYTHING))
     with pytest.raises(UserError, match="no finished records"):
         records.Reader(out, "train", records.FRAME)
     co3d.prepare(tree, out, **EVERYTHING)

@@ -229,7 +229,7 @@ def test_a_shard_of_the_right_size_and_the_wrong_content_is_refused(root):
 def test_missing_files_are_named_with_the_remedy(root, tmp_path):
     with pytest.raises(UserError) as error:
         records.Reader(tmp_path / "nothing", "train", records.FRAME)
-    assert f"python -m data_prep.co3d --root CO3D_ROOT --out {tmp_path / 'nothing'}" in _one_line(error)
+    assert f"python -m data_prep.DATASET --out {tmp_path / 'nothing'}" in _one_line(error)
     with pytest.raises(UserError, match=r"no split 'test', only train"):
         records.Reader(root, "test", records.FRAME)
     (root / _shard()).unlink()

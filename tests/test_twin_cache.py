@@ -24,7 +24,7 @@ def prepare(root, out, **options):
 for name, entry in (("synthetic_co3d", generate), ("co3d", prepare)):
     module = sys.modules[f"data_prep.{name}"] = types.ModuleType(name)
     setattr(module, entry.__name__, entry)
-    module.VERSION = 7
+    module.VERSION, module.PREPARATION = 7, {"tiny": {}, "small": {}}
 from niso.data import synthetic
 print(synthetic.ensure_twin(types.SimpleNamespace(dataset="co3d", twin="small", size=32)))
 """

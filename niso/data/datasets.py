@@ -1,6 +1,8 @@
 """The table of datasets: what a record holds, which splits there are, and how to get them."""
 
 import dataclasses
+from collections.abc import Callable
+from typing import Literal
 
 from niso.data import records
 from niso.errors import UserError
@@ -11,14 +13,18 @@ class Dataset:
     """One row.
 
     Attributes:
-        schema: Entries of a record.
+        kind: What an example is: a window of frames of a video, or a stack of still images.
+        units: What the user prepares more of where there are too few.
+        schema: Entries of a record whose pictures have that edge.
         splits: Names of the splits, the one to train on first.
         command: What the user types to make the records; the folder to make follows.
         quick: What the user can do without them.
         classes: Names of the labels, by number; empty where there are none.
     """
 
-    schema: records.Schema
+    kind: Literal["windows", "stills"]
+    units: str
+    schema: Callable[[int], records.Schema]
     splits: tuple[str, ...]
     command: str
     quick: str
@@ -28,10 +34,21 @@ class Dataset:
 DATASETS = {
     # Posed video in the CO3Dv2 layout; a record is one frame.
     "co3d": Dataset(
-        schema=records.FRAME,
+        kind="windows",
+        units="sequences",
+        schema=lambda size: records.FRAME,
         splits=("train", "test"),
         command="python -m data_prep.co3d --root CO3D_ROOT --out",
         quick="or run --config=configs/pose_encode.py:quick, which needs none",
+    ),
+    # Any folder of images, ImageNet for one; a record is one of them.
+    "images": Dataset(
+        kind="stills",
+        units="images",
+        schema=records.still,
+        splits=("train", "test"),
+        command="python -m data_prep.images --root IMAGES --out",
+        quick="or run --config=configs/toric_laplacian.py:quick, which needs none",
     ),
 }
 

@@ -15,8 +15,6 @@ from niso.errors import UserError
 from niso.geometry import camera
 
 PICTURES = (".avif", ".bmp", ".gif", ".jp2", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# What Pillow raises on broken files.
-_UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError)
 _EXTRA = "reading a video needs another package: pip install imageio-ffmpeg, or give a folder of pictures"
 
 
@@ -85,7 +83,7 @@ class Frames:
         for place, path in list(enumerate(self._pictures()))[:: self.stride]:
             try:
                 yield Frame(path.name, float(place), self._read(path, size))
-            except _UNREADABLE as error:
+            except transforms.UNREADABLE as error:
                 reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
                 yield Frame(path.name, float(place), None, reason.splitlines()[0])
 
@@ -93,9 +91,7 @@ class Frames:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are {image.mode}, not 8 bits per channel")
-            # Decoded smaller or turned by its EXIF tag below, a picture has the size that it has upright in full.
-            turned = image.getexif().get(0x0112) in (5, 6, 7, 8)
-            width, height = image.size[::-1] if turned else image.size
+            width, height = transforms.upright_size(image)
             box = self._square(height, width)
             transforms.decode_smaller(image, box[2] - box[0], size)
             return np.asarray(transforms.resize_square(ImageOps.exif_transpose(image), box, width, size))

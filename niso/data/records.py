@@ -1,7 +1,7 @@
-"""Records on disk: the schema of a frame, shards, their index and manifest, and random access to them.
+"""Records on disk: the schema of a frame or image, shards, their index and manifest, and random access to them.
 
 A folder of records holds, per split, shards `train-00000-of-00012.array_record` and `index-train.json` (where each
-sequence lies), and one `manifest.json`, written last: without it the folder is unfinished.  A record is one frame as a
+sequence lies), and one `manifest.json`, written last: without it the folder is unfinished.  A record is one frame or image as a
 serialised tf.train.Example (niso/data/example.py).  Files appear under their final name only when they are complete.
 """
 
@@ -23,7 +23,7 @@ from niso.errors import UserError
 
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
-    "describe_shard", "encode", "read_index", "read_json", "temporary", "write_index", "write_json",
+    "describe_shard", "encode", "read_index", "read_json", "still", "temporary", "write_index", "write_json",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -32,7 +32,7 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 # No read-ahead and a small buffer: a record is a few kB, and hundreds of shards are open at once.
 _FEWEST_OPEN = 16
 _READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
-_MAKE = "make them with: python -m data_prep.co3d --root CO3D_ROOT --out"
+_MAKE = "make them with: python -m data_prep.DATASET --out"
 _REPAIR = "delete that file and run the data preparation again, it makes only what is missing"
 
 # One frame of a posed video: OpenCV camera-to-world (world units arbitrary per sequence), intrinsics in pixels of the
@@ -43,6 +43,11 @@ FRAME: Schema = {
     "intrinsics_3x3": Field("float64", (3, 3)),
     "frame_number": Field("int64", ()),
 }
+
+
+def still(size: int) -> Schema:
+    """One image of that edge, RGB: raw, since at the 16 pixels that are usual a JPEG would be larger, and is lossy."""
+    return {"image_HxWxC": Field("uint8", (size, size, 3))}
 
 
 def temporary(path: pathlib.Path) -> pathlib.Path:
@@ -111,7 +116,7 @@ class ShardWriter:
 
 @dataclasses.dataclass(frozen=True)
 class Sequence:
-    """One posed video: records start .. start + length - 1 of a shard, in the order of their frame numbers."""
+    """Records start .. start + length - 1 of a shard: one posed video in the order of its frame numbers, or any still images."""
 
     name: str
     category: str
@@ -143,7 +148,7 @@ class Manifest:
     """What a finished folder of records holds.
 
     `size` is the side of the stored images in pixels, `options` what the preparation was asked for, `splits` the shards
-    of each split in order, `left_out` how many frames, sequences or categories were dropped, per reason.
+    of each split in order, `left_out` how much was dropped, per reason.
     """
 
     format: int

@@ -9,11 +9,11 @@ from typing import cast
 import numpy as np
 
 from niso.data import records, transforms
+from niso.data.stream import Batch
 from niso.data.windows import Windows, frames_needed
 from niso.errors import UserError
 from niso.geometry import camera
 
-Batch = dict[str, np.ndarray]
 Read = tuple[str, records.Example]  # what errors call a record, and the record
 
 PICTURE, POSE = "image_jpeg", "camera_to_world_4x4"
@@ -47,16 +47,17 @@ class Split:
         Raises:
             UserError: there is no such split, or no window in it.
         """
-        manifest = records.Manifest.read(root)
-        if not manifest.splits.get(name):
-            raise UserError(f"the records in {root} have no {name} split: prepare them again, from more sequences")
         # Parsing the poses of pairs, which do not use them, would cost a tenth of the whole.
         reader = records.Reader(root, name, {key: schema[key] for key in ((PICTURE, POSE) if poses else (PICTURE,))})
         windows = Windows.of([sequence.length for sequence in reader.sequences], skips, views)
         if not windows.size:
             needed = f"none of its {len(reader.sequences)} sequences has {frames_needed(min(skips), views)} frames"
             raise UserError(f"the {name} split of {root} has no {describe(views)}: {needed}, prepare longer videos")
-        return cls(reader, schema, windows, manifest.size)
+        return cls(reader, schema, windows, reader.manifest.size)
+
+    def fetch(self, item_Bx1: np.ndarray, weight_B: np.ndarray) -> Batch:
+        """The batch of the windows with these numbers."""
+        return self.batch(self.windows.locate(item_Bx1[:, 0]), weight_B)
 
     def batch(self, where_3xB: np.ndarray, weight_B: np.ndarray) -> Batch:
         """The batch of the windows at these (sequence, start, skip), read and decoded; poses are relative: g_i^-1 g_i+1."""

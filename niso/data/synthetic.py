@@ -12,10 +12,7 @@ from niso.data.records import FORMAT
 from niso.errors import UserError
 
 if TYPE_CHECKING:
-    from niso.data.pipeline import Data
-
-# Twin -> the fraction of each category's sequences held out for test.  tiny has three sequences per category.
-TWINS = {"tiny": 1 / 3, "small": 0.1, "full": 0.1}
+    from niso.data.stream import Source
 
 
 def cache_folder() -> pathlib.Path:
@@ -27,7 +24,7 @@ def cache_folder() -> pathlib.Path:
     return pathlib.Path.home() / ".cache" / "niso"
 
 
-def ensure_twin(data: "Data") -> pathlib.Path:
+def ensure_twin(data: "Source") -> pathlib.Path:
     """The folder of records of the twin data.twin of data.dataset, data.size pixels wide; made on the first call.
 
     The twin's source pictures are kept beside it, so that another size costs only the preparation.  Any number of
@@ -35,12 +32,13 @@ def ensure_twin(data: "Data") -> pathlib.Path:
     call goes on where a killed one was.  Folders of other versions of the generator or of the records are left alone.
 
     Raises:
-        UserError: unknown twin, or the cache folder cannot be written.
+        UserError: unknown twin, the cache folder cannot be written, or a package that the generator needs is missing.
     """
-    if data.twin not in TWINS:
-        raise UserError(f"unknown twin {data.twin!r}: --config.data.twin is one of {', '.join(TWINS)}, or empty")
     # data_prep is above this layer.
     generator = importlib.import_module(f"data_prep.synthetic_{data.dataset}")
+    chosen = generator.PREPARATION  # twin -> how its records are prepared
+    if data.twin not in chosen:
+        raise UserError(f"unknown twin {data.twin!r}: --config.data.twin is one of {', '.join(chosen)}, or empty")
     preparation = importlib.import_module(f"data_prep.{data.dataset}")
     name = f"{data.dataset}-{data.twin}-v{generator.VERSION}"
     source, records = cache_folder() / name, cache_folder() / f"{name}-{data.size}px-v{FORMAT}"
@@ -52,8 +50,7 @@ def ensure_twin(data: "Data") -> pathlib.Path:
         generator.generate(folder, data.twin, **options)
 
     def prepare(folder: pathlib.Path) -> None:
-        chosen = {"top_quantile": 0.0, "test_fraction": TWINS[data.twin]}
-        preparation.prepare(source, folder, size=data.size, **chosen, **options)
+        preparation.prepare(source, folder, size=data.size, **chosen[data.twin], **options)
 
     try:
         if not records.is_dir():

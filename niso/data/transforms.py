@@ -2,11 +2,16 @@
 
 import io
 import math
+import struct
 
 import numpy as np
 from PIL import Image
 
 from niso.errors import UserError
+
+# What Pillow raises on broken files.
+UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
+ORIENTATION, TRANSPOSING = 0x0112, (5, 6, 7, 8)  # the EXIF tag, and its values that exchange height and width
 
 
 def decode_jpeg(data: bytes, name: str) -> np.ndarray:
@@ -24,6 +29,11 @@ def decode_jpeg(data: bytes, name: str) -> np.ndarray:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"the picture in {name} is damaged ({len(data)} bytes): prepare the records again") from error
+
+
+def upright_size(image: Image.Image) -> tuple[int, int]:
+    """(width, height) of an opened file as it is to be shown, in full; ask before it is decoded smaller or turned."""
+    return image.size[::-1] if image.getexif().get(ORIENTATION) in TRANSPOSING else image.size
 
 
 def decode_smaller(image: Image.Image, side: float, size: int) -> None:

@@ -1,0 +1,224 @@
+"""A folder of records, made shard by shard, by a run that may be killed at any moment.
+
+`parts/options.json` says what the folder was begun with.  `parts/<shard>.json` is written after the shard has its final
+name, so a shard with a note of its size is complete; the indices come after all shards, the manifest last of all.
+"""
+
+import argparse
+import collections
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Generic, TypeVar
+
+from data_prep import pool
+from niso.data import records
+from niso.errors import UserError
+
+_MOST_SHARDS = 1024
+
+W = TypeVar("W")
+J = TypeVar("J")
+# Shard file name -> what it is to hold, in order.
+Plan = dict[str, tuple[W, ...]]
+Kept = dict[str, list[records.Sequence]]
+Rule = tuple[str, Any, bool, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A finished shard: its manifest entry, its sequences, what was left out per reason, and files that users want named."""
+
+    shard: records.Shard
+    sequences: tuple[records.Sequence, ...]
+    left_out: dict[str, int]
+    named: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder(Generic[W]):
+    """What is to be made.
+
+    Attributes:
+        out: The folder; made if it does not exist.
+        dataset: Row of niso/data/datasets.py.
+        options: What the preparation was asked for; "size" and "source", the fingerprint of what it reads, among them.
+        plan: The shards of every split.
+        units: What is counted, "frames" or "images".
+        changed: What another "source" means to the user.
+        empty: The error when nothing of a split is usable, with {split} and {reasons}.
+        left_out: What was dropped before any shard, per reason.
+    """
+
+    out: pathlib.Path
+    dataset: str
+    options: dict[str, Any]
+    plan: dict[str, Plan[W]]
+    units: str
+    changed: str
+    empty: str
+    left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def make(
+        self,
+        build: Callable[[J], Part],
+        jobs: Callable[[Plan[W]], Iterable[J]],
+        summarise: Callable[[Kept], None],
+        workers: int,
+        progress: bool,
+    ) -> records.Manifest:
+        """Makes what is missing, and returns the manifest.
+
+        Args:
+            build: makes one shard; depends on nothing but its job and the files that it reads.
+            jobs: those of the shards that are missing.
+            summarise: prints what was kept of every split.
+            workers: processes; one means this one.
+            progress: print progress (stderr) and the summary (stdout).
+
+        Raises:
+            UserError: the folder was begun with other options or cannot be written, or a split has nothing usable.
+        """
+        self._claim()
+        shards = {file: part for of_split in self.plan.values() for file, part in of_split.items()}
+        pending = {file: part for file, part in shards.items() if finished(self.out, file) is None}
+        indices = [f"index-{split}.json" for split in self.plan]
+        if not pending and all((self.out / name).exists() for name in ["manifest.json", *indices]):
+            if progress:
+                print(f"{self.out}: nothing to do, the records are complete")
+            return records.Manifest.read(self.out)
+        bar = pool.Progress(len(pending), self.units)
+        for part in pool.run(build, jobs(pending), workers):
+            if progress:
+                bar.add(part.shard.records)
+        return self._finish(summarise if progress else None)
+
+    def _claim(self) -> None:
+        """Notes the options in a new folder; refuses a folder that was begun with others."""
+        path = self.out / "parts" / "options.json"
+        if not path.exists():
+            if (self.out / "manifest.json").exists():
+                raise UserError(f"{self.out} holds records that were not made by this program: choose another --out")
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another --out") from error
+            records.write_json(path, self.options)
+            return
+        before = records.read_json(path)
+        differing = [
+            f"{name} {before.get(name)} then, {value} now"
+            for name, value in self.options.items()
+            if before.get(name) != value and name != "source"
+        ]
+        if not differing and before.get("source") != self.options["source"]:
+            differing = [self.changed]
+        if differing:
+            raise UserError(f"{self.out} was begun with other options ({'; '.join(differing)}): use the same, or another --out")
+
+    def _finish(self, summarise: Callable[[Kept], None] | None) -> records.Manifest:
+        """Writes the indices and, last of all, the manifest; removes what killed runs left half-written."""
+        left_out, splits, kept = collections.Counter(self.left_out), {}, {}
+        named: list[str] = []
+        for split, files in self.plan.items():
+            parts = [part for file in files if (part := finished(self.out, file))]
+            if len(parts) < len(files):
+                raise UserError(f"{self.out}: shards vanished while they were made: run the same command again")
+            splits[split] = tuple(part.shard for part in parts)
+            kept[split] = [sequence for part in parts for sequence in part.sequences]
+            for part in parts:
+                left_out.update(part.left_out)
+                named += part.named
+        if summarise:
+            summarise(kept)
+            for reason, count in sorted(left_out.items()):
+                if count:
+                    print(f"left out: {count} {reason}")
+            for file in named:
+                print(f"left out: {file}")
+        for split, sequences in kept.items():
+            if not sequences:
+                reasons = ", ".join(f"{count} {reason}" for reason, count in left_out.items() if count)
+                raise UserError(self.empty.format(split=split, reasons=reasons))
+            records.write_index(self.out, split, sequences)
+        for stale in (*self.out.glob(".*.tmp-*"), *self.out.glob("parts/.*.tmp-*")):
+            stale.unlink(missing_ok=True)
+        size = self.options["size"]
+        manifest = records.Manifest(records.FORMAT, self.dataset, size, self.options, splits, dict(left_out))
+        manifest.write(self.out)
+        return manifest
+
+
+def _note(out: str | pathlib.Path, file: str) -> pathlib.Path:
+    return pathlib.Path(out, "parts", f"{file}.json")
+
+
+def finished(out: str | pathlib.Path, file: str) -> Part | None:
+    """The part if the shard is complete: its note exists and its size is the one noted."""
+    note, shard = _note(out, file), pathlib.Path(out, file)
+    if not note.exists() or not shard.exists():
+        return None
+    value = records.read_json(note)
+    try:
+        part = Part(
+            records.Shard(**value["shard"]),
+            tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
+            value["left_out"],
+            tuple(value.get("named", ())),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
+    return part if shard.stat().st_size == part.shard.bytes else None
+
+
+def note(
+    writer: records.ShardWriter, sequences: Sequence[records.Sequence], left_out: dict[str, int], named: Sequence[str] = ()
+) -> Part:
+    """Writes the note that says that the shard of this closed writer is done, and returns it."""
+    part = Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named))
+    records.write_json(_note(writer.path.parent, writer.path.name), dataclasses.asdict(part))
+    return part
+
+
+def blame_the_disk(path: pathlib.Path, error: Exception) -> None:
+    """Raises a UserError if a picture could not be read because of the operating system, not because of what is in it.
+
+    Such errors have a number (permission, a lost network disk): to leave the picture out for that would make the records
+    depend on the day.  Pillow's own complaints about a file's content have none.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        raise UserError(f"cannot read {path}: {error.strerror}; run again when it can be read") from error
+
+
+def deal(split: str, items: Sequence[W], shards: int | None, each: int) -> Plan[W]:
+    """The items in even, consecutive parts: `shards` of them, or one for every `each` items and at most 1024."""
+    total = len(items)
+    count = min(total, shards or min(_MOST_SHARDS, -(-total // each)))
+    edges = [total * i // count for i in range(count + 1)]
+    return {f"{split}-{i:05d}-of-{count:05d}.array_record": tuple(items[edges[i] : edges[i + 1]]) for i in range(count)}
+
+
+def check(size: int, workers: int, shards: int | None, *more: Rule) -> None:
+    """Refuses numbers that mean nothing; `more` are (name, value, whether it is good, the rule that it breaks)."""
+    for name, value, good, rule in (
+        *more,
+        ("size", size, size >= 1, "at least 1"),
+        ("workers", workers, workers >= 1, "at least 1"),
+        ("shards", shards, shards is None or 1 <= shards <= 99_999, "between 1 and 99999"),
+    ):
+        if not good:
+            raise UserError(f"--{name} is {value}, it must be {rule}")
+
+
+def command_line(prepare: Callable[..., Any], parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
+    """Runs prepare with the arguments; returns the exit code: 0, 2 after a message to the user, 130 after Ctrl-C."""
+    try:
+        prepare(**vars(parser.parse_args(argv)))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted: run the same command again, finished shards are kept", file=sys.stderr)
+        return 130
+    return 0

@@ -1,0 +1,269 @@
+"""What all datasets have in common: a section of the config, a folder of records, and host batches out of it.
+
+The training stream is a function of (seed, position).  Item numbers (windows of frames, images) are shuffled globally,
+repeated, put together to examples and batches, each host takes its rows of the batch, and only then is anything read.
+So a host touches no record it does not use, resuming costs nothing, and neither threads, workers nor hosts change a
+batch.
+"""
+
+import abc
+import dataclasses
+import functools
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import grain.python as grain
+import numpy as np
+
+from niso.data import datasets, records, synthetic
+from niso.errors import UserError
+
+Batch = dict[str, np.ndarray]
+Rows = slice | Sequence[int]
+# (item_BxS, the S items of every example; weight_B) -> the batch of these examples. Goes to worker processes.
+Fetch = Callable[[np.ndarray, np.ndarray], Batch]
+Opened = TypeVar("Opened")
+
+
+@dataclasses.dataclass(frozen=True)
+class Source(abc.ABC, Generic[Opened]):
+    """The keys of config.data that every kind of dataset has.
+
+    Attributes:
+        dataset: Row of datasets.py; it says which kind this is.
+        records: Folder of records, when twin is "".
+        twin: "" or the built-in twin to use instead: "tiny", "small" or "full", made into the cache folder if absent.
+        size: Edge of the pictures in pixels; must be the records' own.
+        threads: Threads that read and decode, in each process that does; more than `prefetch` have nothing to do.
+        prefetch: Batches read ahead.
+        workers: Processes that read and decode; 0 for threads of this one.  Needs parsed absl flags and a main guard.
+    """
+
+    dataset: str
+    records: str
+    twin: str
+    size: int
+    threads: int
+    prefetch: int
+    workers: int
+
+    @property
+    @abc.abstractmethod
+    def example(self) -> str:
+        """What an example is, in words."""
+
+    @abc.abstractmethod
+    def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """(shape, dtype) of every entry of a batch of that many examples."""
+
+    @abc.abstractmethod
+    def open(self) -> Opened:
+        """The dataset, checked; UserError as in `find_records`, or for a value out of range or a split without an example."""
+
+    def check(self, **least: int) -> None:
+        """Raises a UserError for a value that cannot be meant; `least` are the smallest values of the kind's own keys."""
+        for name, minimum in ({"size": 1} | least | {"threads": 0, "prefetch": 0, "workers": 0}).items():
+            if getattr(self, name) < minimum:
+                raise UserError(f"config.data.{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if self.twin and self.records:
+            asked = f"data.twin={self.twin} and data.records={self.records}"
+            raise UserError(f"both {asked} are set: set --config.data.twin= or --config.data.records= to nothing")
+
+
+def find_records(data: Source) -> tuple[datasets.Dataset, pathlib.Path]:
+    """The row of data.dataset and the folder data.records, or that of the built-in twin, which is made first if need be.
+
+    Raises:
+        UserError: an unknown dataset or twin; records that are missing, of another dataset or size, or without a split.
+    """
+    row = datasets.find(data.dataset)
+    if not data.twin and not data.records:
+        raise UserError(f"no records: set --config.data.records to a folder made with `{row.command} FOLDER`, {row.quick}")
+    root = synthetic.ensure_twin(data) if data.twin else pathlib.Path(data.records).expanduser()
+    make = f"{row.command} {root} --size {data.size}"
+    if not (root / "manifest.json").is_file():
+        raise UserError(f"no records in {root}: make them with `{make}`, {row.quick}")
+    manifest = records.Manifest.read(root)
+    if manifest.dataset != data.dataset:
+        raise UserError(f"{root} holds {manifest.dataset}, not {data.dataset}: set --config.data.records to another folder")
+    if manifest.size != data.size:
+        remedy = f"set --config.data.size={manifest.size}, or make others with --size {data.size}"
+        raise UserError(f"the records in {root} are {manifest.size} pixels wide, data.size is {data.size}: {remedy}")
+    for split in row.splits:
+        if not manifest.splits.get(split):
+            raise UserError(f"the records in {root} have no {split} split: prepare them again, from more {row.units}")
+    return row, root
+
+
+class Batches:
+    """An iterator of batches that owns threads or processes; close it, or use it as a context manager.
+
+    Reading ahead begins at once.  An error of a thread or worker process is raised by the `next` that would have
+    returned its batch, a UserError as itself however grain wrapped it.
+    """
+
+    def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, workers: int):
+        each = -(-prefetch // workers) if workers else prefetch
+        # grain warns about threads beyond the buffer.
+        options = grain.ReadOptions(num_threads=min(threads, each), prefetch_buffer_size=each)
+        stream = dataset.to_iter_dataset(options)
+        if workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, each)))
+        self._iterator = iter(stream)
+        self._iterator.start_prefetch()
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self) -> Batch:
+        try:
+            return next(self._iterator)
+        except StopIteration:
+            raise
+        except Exception as error:
+            self.close()
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, UserError):
+                cause = cause.__cause__ or cause.__context__
+            if cause is None or cause is error:
+                raise
+            raise cause from None
+
+    def close(self) -> None:
+        """Ends the threads and processes; may be called twice."""
+        self._iterator.close()
+
+    def __enter__(self) -> "Batches":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+
+class Examples(abc.ABC):
+    """The examples of the two splits of a folder of records: what the trainer needs of a dataset, whatever its kind.
+
+    An example is `stack` items.  `rows` are the rows of the global batch that this host wants, in that order.
+
+    Attributes:
+        data: The section of the config.
+        train_size: Training examples per epoch.
+        test_size: Examples that are evaluated.
+    """
+
+    def __init__(
+        self, data: Source, train: Fetch, test: Fetch, *, items: int, stack: int, listed: bool, evaluated: Sequence | np.ndarray
+    ):
+        """Of that many training items; `evaluated[n]` is the item, or the items, of test example n.
+
+        `listed`: an epoch's order is kept as a list, 8 bytes an item, instead of computed item by item, 9 us each.
+        """
+        self.data = data
+        self._fetch_train, self._fetch_test = train, test
+        self._items, self._stack, self._listed, self._evaluated = items, stack, listed, evaluated
+        self.train_size, self.test_size = items // stack, len(evaluated)
+
+    def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """(shape, dtype) of every entry of a batch of that many examples."""
+        return self.data.batch_shapes(batch)
+
+    def train_batches(self, *, batch: int, seed: int, start: int, steps: int, rows: Rows) -> Batches:
+        """This host's rows of the global batches start .. steps - 1, each `batch` rows in all.
+
+        Every item comes once per epoch, in an order of its own in each epoch; epochs follow each other without a gap, so
+        a batch may be larger than an epoch.  Batch n depends on (seed, batch, n) alone.
+        """
+        if self._listed:
+            addresses = grain.MapDataset.source(_ListedAddresses(self._items, self._stack, batch, seed, steps))
+            return self._batches(addresses[start:steps], self._fetch_train, rows)
+        # grain shuffles epoch e with seed + e: neighbouring seeds would walk through each other's epochs.
+        shuffle = int(np.random.SeedSequence(seed).generate_state(1)[0])
+        each = batch * self._stack
+        addresses = (
+            grain.MapDataset.range(self._items)
+            .shuffle(seed=shuffle)
+            .repeat(max(1, -(-steps * each // self._items)))
+            .batch(each, drop_remainder=True, batch_fn=functools.partial(_train_addresses, self._stack))
+        )
+        return self._batches(addresses[start:steps], self._fetch_train, rows)
+
+    def test_batches(self, *, batch: int, rows: Rows) -> Batches:
+        """This host's rows of the evaluated examples: each of the test_size ones once, in a fixed order.
+
+        The last global batch is filled with copies of its last example at weight 0.
+        """
+        addresses = grain.MapDataset.source(_TestAddresses(self._evaluated, batch))
+        return self._batches(addresses, self._fetch_test, rows)
+
+    @abc.abstractmethod
+    def figure_batch(self, count: int, train: bool = False) -> Batch:
+        """count fixed test (or training) examples for figures; weights 1."""
+
+    @abc.abstractmethod
+    def bytes_per_example(self) -> dict[str, float]:
+        """Mean bytes per training example: "disk" (its records as stored), "device" (its share of a batch)."""
+
+    def _batches(self, addresses: grain.MapDataset, fetch: Fetch, rows: Rows) -> Batches:
+        data = self.data
+        rows = rows if isinstance(rows, slice) else list(rows)
+        return Batches(addresses.map(_FetchRows(fetch, rows)), data.threads, data.prefetch, data.workers)
+
+
+@dataclasses.dataclass(frozen=True)
+class _FetchRows:
+    """Maps the addresses of a global batch to this host's rows of the batch itself."""
+
+    fetch: Fetch
+    rows: Rows
+
+    def __call__(self, address: Batch) -> Batch:
+        return self.fetch(address["item_BxS"][self.rows], address["weight_B"][self.rows])
+
+
+def _train_addresses(stack: int, items: Sequence[int] | np.ndarray) -> Batch:
+    item_BxS = np.asarray(items).reshape(-1, stack)
+    return {"item_BxS": item_BxS, "weight_B": np.ones(len(item_BxS))}
+
+
+@dataclasses.dataclass(frozen=True)
+class _ListedAddresses:
+    """Addresses of the training batches, from epochs that are listed."""
+
+    items: int
+    stack: int
+    batch: int
+    seed: int
+    steps: int
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __getitem__(self, n: int) -> Batch:
+        each = self.batch * self.stack
+        epoch_N, place_N = np.divmod(np.arange(n * each, (n + 1) * each), self.items)
+        parts = [_epoch(self.items, self.seed, epoch)[place_N[epoch_N == epoch]] for epoch in np.unique(epoch_N).tolist()]
+        return _train_addresses(self.stack, np.concatenate(parts))
+
+
+@functools.lru_cache(maxsize=3)  # threads that read ahead are in two at once
+def _epoch(items: int, seed: int, epoch: int) -> np.ndarray:
+    """item_N: the order of all items in that epoch, an independent one for every (seed, epoch)."""
+    # Of numpy's generators, the one whose numbers are promised not to change with its version.
+    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch)))).permutation(items)
+
+
+@dataclasses.dataclass(frozen=True)
+class _TestAddresses:
+    """Addresses of the test batches: every evaluated example once, in order; copies of the last one at weight 0 fill up."""
+
+    evaluated: Sequence | np.ndarray
+    batch: int
+
+    def __len__(self) -> int:
+        return -(-len(self.evaluated) // self.batch)
+
+    def __getitem__(self, n: int) -> Batch:
+        position_B, size = n * self.batch + np.arange(self.batch), len(self.evaluated)
+        item_BxS = np.array([self.evaluated[int(position)] for position in np.minimum(position_B, size - 1)])
+        return {"item_BxS": item_BxS.reshape(self.batch, -1), "weight_B": position_B < size}

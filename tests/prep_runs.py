@@ -1,0 +1,29 @@
+"""Runs of a data preparation that are killed, and what folders of records hold."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+_REPO = pathlib.Path(__file__).parents[1]
+
+
+def contents(out: pathlib.Path) -> dict[str, bytes]:
+    """Every file below out."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
+
+
+def kill_in_the_third_shard(out: pathlib.Path, script: str, *arguments: object) -> dict[pathlib.Path, int]:
+    """Runs a script that fills out slowly, and kills it; returns the two shards that are finished, and when they were written."""
+    process = subprocess.Popen([sys.executable, "-c", script, *map(str, arguments)], cwd=_REPO)
+    deadline = time.monotonic() + 20
+    while not (len(list(out.glob("parts/*record.json"))) == 2 and list(out.glob(".*.tmp-*"))):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: os.stat(path).st_mtime_ns for path in out.glob("*.array_record")}
+    assert len(done) == 2 and list(out.glob(".*.tmp-*")), "the run was not broken off in the middle of a shard"
+    return done
