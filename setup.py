@@ -37,7 +37,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "prep": ["pillow>=10.1"],  # all that data_prep.co3d and data_prep.images need; the preparation of meshes adds to it
-        "samples": ["scikit-learn>=1.3"],  # for its two photographs, the built-in twin of a folder of images
+        "samples": ["scikit-learn>=1.3"],  # for its photographs and digits, the built-in twins of a folder of images and of MNIST
         "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,
         "dev": [*TEST, "tensorboard-plugin-profile>=2.19"],

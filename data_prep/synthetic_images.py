@@ -10,17 +10,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from niso.errors import UserError
+from data_prep import samples
 
 # Part of the twin's folder: raise it when the same twin gives other images.
 VERSION = 1
 _STRIPS, _HELD_OUT = 5, 3
 # Twin -> options of data_prep.images: with ten strips 2,000, 40,000 and 200,000 images, a fifth of them test data.
 PREPARATION: dict[str, dict[str, Any]] = {"tiny": {"crops": 200}, "small": {"crops": 4_000}, "full": {"crops": 20_000}}
-_MISSING = (
-    "the built-in photographs need scikit-learn: pip install -e '.[samples]', or prepare a folder of images: "
-    "python -m data_prep.images --root IMAGES --out RECORDS"
-)
 
 
 def generate(folder: pathlib.Path, twin: str, workers: int = 1, progress: bool = True) -> None:
@@ -29,17 +25,8 @@ def generate(folder: pathlib.Path, twin: str, workers: int = 1, progress: bool =
     Raises:
         UserError: scikit-learn is not installed.
     """
-    for p, photo_HxWxC in enumerate(_photographs()):
+    for p, photo_HxWxC in enumerate(samples.photographs()):
         for s, strip_HxWxC in enumerate(np.array_split(photo_HxWxC, _STRIPS, axis=1)):
             path = pathlib.Path(folder, "test" if s == _HELD_OUT else "train", f"photo-{p}-strip-{s}.png")
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(strip_HxWxC).save(path)
-
-
-def _photographs() -> list[np.ndarray]:
-    """The photographs, HxWx3 uint8."""
-    try:
-        from sklearn.datasets import load_sample_images
-    except ImportError:
-        raise UserError(_MISSING) from None
-    return load_sample_images().images

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep import image_shard, images, synthetic_images
+from data_prep import image_shard, images, samples, synthetic_images
 from niso.data import records
 from niso.errors import UserError
 from tests.prep_runs import contents, kill_in_the_third_shard
@@ -304,4 +304,4 @@ def test_the_strips_of_the_photographs_share_no_pixel(tmp_path):
     for split, names in splits.items():
         assert {name.split("-")[1] for name in names} == {"0", "1"}, split
     strips = [np.asarray(Image.open(tmp_path / f"{'test' if s == 3 else 'train'}/photo-0-strip-{s}.png")) for s in range(5)]
-    np.testing.assert_array_equal(np.concatenate(strips, axis=1), synthetic_images._photographs()[0])
+    np.testing.assert_array_equal(np.concatenate(strips, axis=1), samples.photographs()[0])

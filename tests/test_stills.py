@@ -1,4 +1,4 @@
-"""Stacks of still images: which images, in which order, read from where, and what the user is told."""
+"""Still images, stacked or with labels: which, in which order, read from where, and what the user is told."""
 
 import dataclasses
 import pathlib
@@ -11,7 +11,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from niso.config import Experiment
-from niso.data import pipeline, records, stills
+from niso.data import datasets, pipeline, records, stills
 from niso.errors import UserError
 from tests import tiny
 from tests.toy_records import TEST, TRAIN, equal, message
@@ -28,7 +28,31 @@ def image(number: int) -> np.ndarray:
     return image_HxWxC
 
 
-def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: int = SIZE) -> str:
+def label(number: int) -> int:
+    """Of digit `number`: what it shows alone does not tell."""
+    return (number * 7 + number // 10) % 10
+
+
+def digit(number: int) -> records.Example:
+    """A record of 28 x 28 x 1, another one for every number, which its first pixel says, and its label."""
+    image_HxWxC = np.random.default_rng(number).integers(0, 256, (28, 28, 1), np.uint8)
+    image_HxWxC[0, 0] = number
+    return {"image_HxWxC": image_HxWxC, "label": np.int64(label(number))}
+
+
+def coloured(number: int) -> records.Example:
+    """A record without a label."""
+    return {"image_HxWxC": image(number)}
+
+
+def write_records(
+    root: pathlib.Path,
+    splits: dict[str, tuple[int, ...]],
+    size: int = SIZE,
+    dataset: str = "images",
+    record=coloured,
+    schema: records.Schema | None = None,
+) -> str:
     """A folder of records with that many images in each shard, numbered through the split."""
     root.mkdir()
     shards: dict[str, tuple[records.Shard, ...]] = {}
@@ -38,14 +62,14 @@ def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: 
             name = f"{split}-{part:05d}-of-{len(counts):05d}.array_record"
             with records.ShardWriter(root / name) as writer:
                 for _ in range(count):
-                    writer.write(records.encode({"image_HxWxC": image(number)}, records.still(SIZE)))
+                    writer.write(records.encode(record(number), schema or records.still(SIZE)))
                     number += 1
             files.append(records.describe_shard(root / name, count))
             if count:
                 sequences.append(records.Sequence(f"part {part}", "images", name, 0, count, None))
         records.write_index(root, split, sequences)
         shards[split] = tuple(files)
-    records.Manifest(records.FORMAT, "images", size, {}, shards, {}).write(root)
+    records.Manifest(records.FORMAT, dataset, size, {}, shards, {}).write(root)
     return str(root)
 
 
@@ -154,6 +178,70 @@ def test_shapes_are_those_promised(root):
             assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dataset.batch_shapes(3)
     assert dataset.bytes_per_example()["device"] == SIZE * SIZE * 3 * STACK + 4
     assert data(root).example == "stack of 5 images" and data(root, stack=1).example == "single image"
+
+
+# Labels
+
+
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory) -> str:
+    root, schema = tmp_path_factory.mktemp("records") / "digits", datasets.find("mnist").schema(28)
+    return write_records(root, {"train": TRAINING, "test": HELD_OUT}, 28, "mnist", digit, schema)
+
+
+DIGITS = {"dataset": "mnist", "size": 28, "stack": 1}
+
+
+def shown_digits(batch: pipeline.Batch) -> list[int]:
+    """The numbers of the digits of every example; all pixels and the label must be theirs."""
+    numbers = batch["images_BxHxWxC"][:, 0, 0, 0].tolist()
+    for n, number in enumerate(numbers):
+        np.testing.assert_array_equal(batch["images_BxHxWxC"][n], digit(number)["image_HxWxC"])
+    assert batch["label_B"].tolist() == [label(number) for number in numbers] and batch["label_B"].dtype == np.int32
+    return numbers
+
+
+@pytest.mark.parametrize("changes", [{}, {"in_memory": True}])
+def test_labels_stay_with_their_images(labelled, changes):
+    changes = DIGITS | changes
+    count = sum(TRAINING)
+    whole = train(labelled, batch=5, steps=10, **changes)
+    stream = [number for batch in whole for number in shown_digits(batch)]
+    assert sorted(stream[:count]) == sorted(stream[count : 2 * count]) == list(range(count)) and stream[:count] != sorted(
+        stream[:count]
+    )
+    rows = [train(labelled, batch=5, steps=10, start=3, rows=rows, **changes) for rows in (slice(0, 2), [4, 2, 3], [])]
+    for ours, theirs, none, batch in zip(*rows, whole[3:], strict=True):
+        order = [0, 1, 4, 2, 3]
+        assert [*shown_digits(ours), *shown_digits(theirs), *shown_digits(none)] == [shown_digits(batch)[n] for n in order]
+    dataset = pipeline.open_dataset(data(labelled, **changes))
+    assert dataset.test_size == 7 and datasets.find("mnist").classes[3] == "3"
+    with dataset.test_batches(batch=4, rows=slice(None)) as batches:
+        tested = list(batches)
+    numbers = [number for batch in tested for number in shown_digits(batch)]
+    assert len(set(numbers[:7])) == 7 and numbers[7] == numbers[6] and max(numbers) < sum(HELD_OUT)
+    for batch in [tested[0], dataset.figure_batch(4), dataset.figure_batch(4, train=True)]:
+        assert len(shown_digits(batch)) == 4
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dataset.batch_shapes(4)
+    assert dataset.bytes_per_example()["device"] == 28 * 28 + 4 + 4
+
+
+def test_a_stack_of_labelled_images_has_no_label(labelled, root):
+    changes = DIGITS | {"stack": 2}
+    dataset = pipeline.open_dataset(data(labelled, **changes))
+    for batch in [*train(labelled, **changes), dataset.figure_batch(3)]:
+        assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dataset.batch_shapes(3)
+        assert batch.keys() == {"images_BxHxWxC", "weight_B"}
+        for row in batch["images_BxHxWxC"]:
+            np.testing.assert_array_equal(row, np.concatenate([digit(n)["image_HxWxC"] for n in row[0, 0].tolist()], axis=-1))
+    assert "label_B" not in data(root, stack=1).batch_shapes(3) and "label_B" not in train(root, stack=1)[0]
+
+
+def test_digits_come_in_one_size(labelled, tmp_path):
+    line = message(lambda: pipeline.open_dataset(data(labelled, **DIGITS | {"size": 40})))
+    assert line == "config.data.size is 40, the pictures of mnist are 28 pixels wide: set --config.data.size=28"
+    line = message(lambda: pipeline.open_dataset(data(str(tmp_path), **DIGITS)))
+    assert f"`python -m data_prep.mnist --root MNIST --out {tmp_path}`, or run" in line
 
 
 # The test split

@@ -1,6 +1,7 @@
 """The table of datasets: what a record holds, which splits there are, and how to get them."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -20,6 +21,7 @@ class Dataset:
         command: What the user types to make the records; the folder to make follows.
         quick: What the user can do without them.
         classes: Names of the labels, by number; empty where there are none.
+        size: The only edge that its pictures come in, in pixels; None where the preparation resizes them to any.
     """
 
     kind: Literal["windows", "stills"]
@@ -29,6 +31,7 @@ class Dataset:
     command: str
     quick: str
     classes: tuple[str, ...] = ()
+    size: int | None = None
 
 
 DATASETS = {
@@ -49,6 +52,17 @@ DATASETS = {
         splits=("train", "test"),
         command="python -m data_prep.images --root IMAGES --out",
         quick="or run --config=configs/toric_laplacian.py:quick, which needs none",
+    ),
+    # The MNIST database of handwritten digits; a record is one of them, unpadded, and its label.
+    "mnist": Dataset(
+        kind="stills",
+        units="digits",
+        schema=functools.partial(records.still, channels=1, labelled=True),
+        splits=("train", "test"),
+        command="python -m data_prep.mnist --root MNIST --out",
+        quick="or set --config.data.twin=tiny, the digits that come with scikit-learn",
+        classes=tuple("0123456789"),
+        size=28,
     ),
 }
 

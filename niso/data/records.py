@@ -45,9 +45,10 @@ FRAME: Schema = {
 }
 
 
-def still(size: int) -> Schema:
-    """One image of that edge, RGB: raw, since at the 16 pixels that are usual a JPEG would be larger, and is lossy."""
-    return {"image_HxWxC": Field("uint8", (size, size, 3))}
+def still(size: int, channels: int = 3, labelled: bool = False) -> Schema:
+    """One image of that edge: raw, since at the 16 pixels that are usual a JPEG would be larger, and is lossy."""
+    image = {"image_HxWxC": Field("uint8", (size, size, channels))}
+    return image | {"label": Field("int64", ())} if labelled else image
 
 
 def temporary(path: pathlib.Path) -> pathlib.Path:

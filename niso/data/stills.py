@@ -1,4 +1,4 @@
-"""Single images to host batches of stacks of them: an example is several images, one behind the other along the channels."""
+"""Still images to host batches: an example is one image and its label, or several, one behind the other along the channels."""
 
 import dataclasses
 import math
@@ -7,11 +7,11 @@ from typing import cast
 
 import numpy as np
 
-from niso.data import records
+from niso.data import datasets, records
 from niso.data.stream import Batch, Examples, Source, find_records
 from niso.errors import UserError
 
-IMAGE = "image_HxWxC"
+IMAGE, LABEL = "image_HxWxC", "label"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,9 +19,9 @@ class Stills(Source["StillDataset"]):
     """The keys of config.data for still images, besides those of every Source.
 
     Attributes:
-        stack: S, images of an example.
+        stack: S, images of an example; an example of several has no label.
         test_examples: Examples of the test split that are evaluated.
-        in_memory: Read all images once at the start, in three bytes a pixel, instead of those of every batch.
+        in_memory: Read all images once at the start, in a byte for each pixel and channel, instead of those of every batch.
     """
 
     stack: int
@@ -35,10 +35,15 @@ class Stills(Source["StillDataset"]):
 
     def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """(shape, dtype) of every entry of a batch of that many examples."""
-        return {
-            "images_BxHxWxC": ((batch, self.size, self.size, 3 * self.stack), np.dtype(np.uint8)),
+        schema = datasets.find(self.dataset).schema(self.size)
+        height, width, channels = _shape(schema)
+        shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
+            "images_BxHxWxC": ((batch, height, width, channels * self.stack), np.dtype(np.uint8)),
             "weight_B": ((batch,), np.dtype(np.float32)),
         }
+        if LABEL in schema and self.stack == 1:
+            shapes["label_B"] = ((batch,), np.dtype(np.int32))
+        return shapes
 
     def open(self) -> "StillDataset":
         """The images of the two splits.
@@ -58,17 +63,17 @@ class Stills(Source["StillDataset"]):
 
 @dataclasses.dataclass(frozen=True)
 class Gallery:
-    """The images of one split, by number; can be pickled for a worker process.
+    """The images of one split and their labels, by number; can be pickled for a worker process.
 
     Attributes:
         reader: Of their records.
         end_S: One more than the number of each sequence's last image.
-        image_NxHxWxC: All of them, uint8, or None to read each when it is asked for.
+        stored: Every entry of a record, of all images along a first axis; or None to read each when it is asked for.
     """
 
     reader: records.Reader
     end_S: np.ndarray
-    image_NxHxWxC: np.ndarray | None
+    stored: Batch | None
 
     @classmethod
     def open(cls, root: pathlib.Path, name: str, schema: records.Schema, stack: int, in_memory: bool) -> "Gallery":
@@ -78,7 +83,7 @@ class Gallery:
         if gallery.size < stack:
             remedy = f"prepare more images, or set --config.data.stack to at most {gallery.size}"
             raise UserError(f"the {name} split of {root} has {gallery.size} images, an example is a stack of {stack}: {remedy}")
-        return dataclasses.replace(gallery, image_NxHxWxC=gallery._read_all()) if in_memory else gallery
+        return dataclasses.replace(gallery, stored=gallery._read_all()) if in_memory else gallery
 
     @property
     def size(self) -> int:
@@ -86,16 +91,19 @@ class Gallery:
         return int(self.end_S[-1]) if self.end_S.size else 0
 
     def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the images with these numbers: the RGB of image s of an example at its channels 3s .. 3s + 2."""
+        """The batch of the images with these numbers: image s of an example, of C channels, at channels Cs .. Cs + C - 1."""
         item_N = item_BxS.ravel()
-        image_NxHxWxC = self._read(item_N) if self.image_NxHxWxC is None else self.image_NxHxWxC[item_N]
-        image_BxSxHxWxC = image_NxHxWxC.reshape(*item_BxS.shape, *self._shape)
-        examples, stack, height, width, _ = image_BxSxHxWxC.shape
-        stacked_BxHxWxSxC = np.empty((examples, height, width, stack, 3), np.uint8)
-        for channel in range(3):  # four times as fast as one copy in runs of three bytes
+        found = self._read(item_N) if self.stored is None else {name: value[item_N] for name, value in self.stored.items()}
+        image_BxSxHxWxC = found[IMAGE].reshape(*item_BxS.shape, *_shape(self.reader.schema))
+        examples, stack, height, width, channels = image_BxSxHxWxC.shape
+        stacked_BxHxWxSxC = np.empty((examples, height, width, stack, channels), np.uint8)
+        for channel in range(channels):  # four times as fast as one copy in runs of three bytes
             stacked_BxHxWxSxC[..., channel] = np.moveaxis(image_BxSxHxWxC[..., channel], 1, -1)
-        images_BxHxWxC = stacked_BxHxWxSxC.reshape(examples, height, width, 3 * stack)
-        return {"images_BxHxWxC": images_BxHxWxC, "weight_B": weight_B.astype(np.float32)}
+        images_BxHxWxC = stacked_BxHxWxSxC.reshape(examples, height, width, stack * channels)
+        batch: Batch = {"images_BxHxWxC": images_BxHxWxC, "weight_B": weight_B.astype(np.float32)}
+        if LABEL in found and stack == 1:
+            batch["label_B"] = found[LABEL].astype(np.int32)
+        return batch
 
     def order(self, examples: int, stack: int) -> np.ndarray:
         """item_ExS: that many examples in one fixed shuffled order of all images, from its start again where it ends.
@@ -106,37 +114,45 @@ class Gallery:
         item_N = np.random.RandomState(0).permutation(self.size)
         return item_N[np.arange(examples * stack) % self.size].reshape(examples, stack)
 
-    @property
-    def _shape(self) -> tuple[int, ...]:
-        """(H, W, 3) of an image."""
-        return cast(tuple[int, ...], self.reader.schema[IMAGE].shape)
+    def _empty(self, count: int) -> Batch:
+        """Arrays for the entries of that many records."""
+        schema = self.reader.schema
+        return {name: np.empty((count, *cast(tuple[int, ...], field.shape)), field.dtype) for name, field in schema.items()}
 
-    def _read(self, item_N: np.ndarray) -> np.ndarray:
-        """image_NxHxWxC of these images, from their records."""
-        image_NxHxWxC = np.empty((len(item_N), *self._shape), np.uint8)
+    def _read(self, item_N: np.ndarray) -> Batch:
+        """The entries of the records of these images."""
+        entries = self._empty(len(item_N))
         place_N = np.searchsorted(self.end_S, item_N, side="right")
         for n, (item, place) in enumerate(zip(item_N.tolist(), place_N.tolist(), strict=True)):
             sequence = self.reader.sequences[place]
             number = sequence.start + sequence.length - (int(self.end_S[place]) - item)
-            image_NxHxWxC[n] = self.reader.read(sequence.shard, [number])[0][IMAGE]
-        return image_NxHxWxC
+            for name, value in self.reader.read(sequence.shard, [number])[0].items():
+                entries[name][n] = value
+        return entries
 
-    def _read_all(self) -> np.ndarray:
-        """image_NxHxWxC of all images: the same as `_read` of all numbers, a shard at a time."""
-        image_NxHxWxC = np.empty((self.size, *self._shape), np.uint8)
+    def _read_all(self) -> Batch:
+        """The entries of all records: the same as `_read` of all numbers, a shard at a time."""
+        entries = self._empty(self.size)
         for sequence, end in zip(self.reader.sequences, self.end_S.tolist(), strict=True):
             found = self.reader.read(sequence.shard, range(sequence.start, sequence.start + sequence.length))
             for n, example in enumerate(found, start=end - sequence.length):
-                image_NxHxWxC[n] = example[IMAGE]
-        return image_NxHxWxC
+                for name, value in example.items():
+                    entries[name][n] = value
+        return entries
+
+
+def _shape(schema: records.Schema) -> tuple[int, ...]:
+    """(H, W, C) of an image."""
+    return cast(tuple[int, ...], schema[IMAGE].shape)
 
 
 class StillDataset(Examples):
-    """Stacks of images from the two splits of a folder of records; `pipeline.open_dataset` makes it.
+    """Images, or stacks of them, from the two splits of a folder of records; `pipeline.open_dataset` makes it.
 
-    A batch is {"images_BxHxWxC": uint8 RGB images behind each other, C = 3 stack, "weight_B": float32, 1 or 0 for
-    padding}.  An epoch has every training image once, so train_size, the examples of an epoch, is the number of images
-    // stack; the examples that are evaluated are those of `Gallery.order`.
+    A batch is {"images_BxHxWxC": uint8 images behind each other, C = their channels times stack, "weight_B": float32, 1
+    or 0 for padding} and, where images have labels and stack is 1, "label_B": int32, numbers of the row's classes.  An
+    epoch has every training image once, so train_size, the examples of an epoch, is the number of images // stack; the
+    examples that are evaluated are those of `Gallery.order`.
     """
 
     data: Stills

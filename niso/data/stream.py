@@ -75,13 +75,17 @@ def find_records(data: Source) -> tuple[datasets.Dataset, pathlib.Path]:
     """The row of data.dataset and the folder data.records, or that of the built-in twin, which is made first if need be.
 
     Raises:
-        UserError: an unknown dataset or twin; records that are missing, of another dataset or size, or without a split.
+        UserError: an unknown dataset or twin; a size that the dataset does not come in; records that are missing, of
+            another dataset or size, or without a split.
     """
     row = datasets.find(data.dataset)
+    if row.size not in (None, data.size):
+        remedy = f"set --config.data.size={row.size}"
+        raise UserError(f"config.data.size is {data.size}, the pictures of {data.dataset} are {row.size} pixels wide: {remedy}")
     if not data.twin and not data.records:
         raise UserError(f"no records: set --config.data.records to a folder made with `{row.command} FOLDER`, {row.quick}")
     root = synthetic.ensure_twin(data) if data.twin else pathlib.Path(data.records).expanduser()
-    make = f"{row.command} {root} --size {data.size}"
+    make = f"{row.command} {root}" + ("" if row.size else f" --size {data.size}")
     if not (root / "manifest.json").is_file():
         raise UserError(f"no records in {root}: make them with `{make}`, {row.quick}")
     manifest = records.Manifest.read(root)
