@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -133,13 +134,30 @@ def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str,
       UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape or meaning.
     """
     taken: dict[str, Array] = {}
+    replicas = program.replicas
     for (pattern, run), path in zip(spec, check_sources(spec), strict=True):
         wanted = {name: shape for name, shape in program.parameter_shapes.items() if tree.match(pattern, name)}
         if not wanted:
             raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
-        taken |= parameters(path, wanted, program.parameter_sharding)
-        _check_agreement(run, saved_config(path)["task"], program.task)
+        place = {name: program.parameter_sharding[name] for name in wanted}
+        saved = saved_config(path)
+        there = replicas_of(saved)
+        if there not in (1, replicas.count):
+            raise UserError(
+                f"task.warm_start: {run} has seeds={there} replicas, here there are {replicas.count}; set --config.seeds={there}"
+            )
+        if there == replicas.count:
+            taken |= parameters(path, replicas.stack(wanted), replicas.place(place))
+        else:  # of one run for every replica
+            one = parameters(path, wanted, place)
+            taken |= jax.jit(partial(jax.tree.map, replicas.repeat), out_shardings=replicas.place(place))(one)
+        _check_agreement(run, saved["task"], program.task)
     return taken
+
+
+def replicas_of(saved: dict[str, Any]) -> int:
+    """How many replicas a run with this saved config has; their arrays have a leading axis where it is more than one."""
+    return saved.get("seeds", 1)
 
 
 def check_sources(spec: tuple[tuple[str, str], ...]) -> list[Path]:

@@ -18,7 +18,8 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from niso.data.pipeline import Data
+from niso.data.pipeline import kind_of
+from niso.data.stream import Source
 from niso.errors import UserError
 from niso.optimizer import Optimizer
 from niso.sharding import MeshShape
@@ -56,15 +57,19 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-    """Everything about a run, frozen and typed; `resolved` is the same as plain nested dicts, for the workdir."""
+    """Everything about a run, frozen and typed; `resolved` is the same as plain nested dicts, for the workdir.
+
+    `seeds` replicas are trained side by side, with seeds `seed`, `seed + 1`, ...
+    """
 
     experiment: str
     variant: str
     seed: int
+    seeds: int
     steps: int
     batch: int
     task: tasks.Task
-    data: Data
+    data: Source
     optimizer: Optimizer
     mesh: MeshShape
     log: Log
@@ -72,7 +77,7 @@ class Experiment:
     resolved: dict[str, Any] = dataclasses.field(compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
-        _at_least(self, "", steps=1, batch=1, seed=0)
+        _at_least(self, "", steps=1, batch=1, seed=0, seeds=1)
         if self.mesh.space < 1 or (self.mesh.data < 1 and self.mesh.data != -1):
             at = f"mesh.data={self.mesh.data}, mesh.space={self.mesh.space}"
             raise UserError(f"{at}: both must be at least 1 (mesh.data=-1 takes what mesh.space leaves)")
@@ -94,7 +99,7 @@ class Experiment:
         resolved = config.to_dict()
         sections: dict[str, Any] = dict(resolved)
         sections["task"] = make_task(sections.get("task") or {})
-        for name, kind in SECTIONS.items():
+        for name, kind in (SECTIONS | {"data": _data_kind(sections.get("data") or {})}).items():
             sections[name] = _build(kind, sections.get(name) or {}, f"{name}.")
         return dataclasses.replace(_build(Experiment, sections, ""), resolved=resolved)
 
@@ -109,7 +114,14 @@ def make_task(section: dict[str, Any]) -> tasks.Task:
     return _build(tasks.load(section.get("name", "")), keys, "task.")
 
 
-SECTIONS = {"data": Data, "optimizer": Optimizer, "mesh": MeshShape, "log": Log, "checkpoint": Checkpoint}
+def _data_kind(section: dict[str, Any]) -> type[Source]:
+    """The class of the section `data`, which its dataset decides."""
+    if "dataset" not in section:
+        raise UserError("data.dataset is missing from the config")
+    return kind_of(_typed(section["dataset"], str, "data.dataset"))
+
+
+SECTIONS = {"data": Source, "optimizer": Optimizer, "mesh": MeshShape, "log": Log, "checkpoint": Checkpoint}
 
 
 def base() -> ConfigDict:
@@ -119,6 +131,7 @@ def base() -> ConfigDict:
             "experiment": "",
             "variant": "paper",
             "seed": 0,
+            "seeds": 1,  # replicas side by side in one program, with the seeds seed, seed + 1, ...
             "steps": 0,
             "batch": 0,
             "task": {},

@@ -203,15 +203,16 @@ class Model:
             yield {name: _placed(array, places.get(name)) for name, array in part.items()}
 
 
-def load(run: str | os.PathLike[str], step: int | None = None) -> Model:
+def load(run: str | os.PathLike[str], step: int | None = None, replica: int = 0) -> Model:
     """The model of a run, finished or still running, on the default device: parameters only, no optimiser state.
 
     Args:
       run: The run's folder, --workdir in training.
       step: Which of its checkpoints; the newest by default.
+      replica: Which of its replicas, where it was trained with several seeds.
 
     Raises:
-      UserError: no such run or checkpoint, or one of another version of niso, whose parameters differ.
+      UserError: no such run, checkpoint or replica, or one of another version of niso, whose parameters differ.
     """
     if not os.path.isdir(run):
         raise UserError(f"no run in {run}: there is no such folder")
@@ -222,9 +223,13 @@ def load(run: str | os.PathLike[str], step: int | None = None) -> Model:
     except UserError as error:
         raise UserError(f"{path} is of another version of niso: {error}") from error
     graphdef, shapes = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(0))))
-    here = jnp.zeros(()).sharding
+    here, count = jnp.zeros(()).sharding, checkpoint.replicas_of(saved)
+    if not 0 <= replica < count:
+        raise UserError(f"{run} has no replica {replica}: choose one from 0 to {count - 1}")
+    if count > 1:
+        shapes = {name: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
     params = checkpoint.parameters(path, shapes, dict.fromkeys(shapes, here))
-    return Model(task, graphdef, params)
+    return Model(task, graphdef, params if count == 1 else {name: leaf[replica] for name, leaf in params.items()})
 
 
 class _Functions(NamedTuple):

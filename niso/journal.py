@@ -1,19 +1,23 @@
 """What a run writes down about itself: its introduction, its log lines, its evaluations and figures."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from niso import evaluate, figures, poses, sequences, sharding, trajectories, trajectory_figure, tree
+from niso import evaluate, figures, poses, sequences, trajectories, trajectory_figure, tree
 from niso.config import flat
 from niso.data.pipeline import PairDataset
+from niso.data.stream import Examples
 from niso.errors import UserError
 from niso.inference import CHUNK, Model
+from niso.poses import Stride
+from niso.replicas import mean_and_error
 from niso.step import Program, TrainState
-from niso.telemetry import Telemetry
+from niso.telemetry import Telemetry, format_metrics
 
 
 def due(step: int, every: int, last: int) -> bool:
@@ -24,9 +28,9 @@ def due(step: int, every: int, last: int) -> bool:
 class Journal:
     """Evaluates, draws and logs one run; all hosts take part, the first writes."""
 
-    def __init__(self, program: Program, dataset: PairDataset, telemetry: Telemetry, workdir: str):
+    def __init__(self, program: Program, dataset: Examples, telemetry: Telemetry, workdir: str):
         self.program, self.dataset, self.telemetry, self.workdir = program, dataset, telemetry, Path(workdir)
-        self.rows = sharding.host_rows(program.mesh, program.experiment.batch)
+        self.rows = program.replicas.rows(program.experiment.batch)
         self._model: Model | None = None
         self._motions: dict[int, np.ndarray | None] = {}
 
@@ -36,8 +40,9 @@ class Journal:
         hparams: dict[str, Any] = {k: v for k, v in flat(e.resolved).items() if isinstance(v, int | float | str | bool)}
         self.telemetry.config(json.dumps(e.resolved, indent=2), hparams)
         cost = self.dataset.bytes_per_example()
+        replicas = f"{e.seeds} replicas (seeds {e.seed} to {e.seed + e.seeds - 1}) of " if e.seeds > 1 else ""
         self.telemetry.say(
-            f"{e.experiment}:{e.variant}: {tree.count(self.program.parameter_shapes):,} parameters on {mesh.size} "
+            f"{e.experiment}:{e.variant}: {replicas}{tree.count(self.program.parameter_shapes):,} parameters on {mesh.size} "
             f"{jax.default_backend()} device(s), mesh data {mesh.shape['data']} x space {mesh.shape['space']}; "
             f"{'resuming at' if start else 'from'} step {start}"
         )
@@ -46,11 +51,10 @@ class Journal:
             f"one reads {cost['disk'] / 1e3:.1f} kB and sends {cost['device'] / 1e3:.1f} kB to the device"
         )
 
-    def log(self, step: int, values: dict[str, float]) -> None:
-        """Writes the training metrics of the window that ends at `step`."""
-        rate = {"learning_rate": self.program.learning_rate(step)}
-        self.telemetry.scalars(step, {f"train/{name}": value for name, value in (values | rate).items()})
-        self.telemetry.progress(step, {name: value for name, value in values.items() if name != "gradient_norm"})
+    def log(self, step: int, values: list[dict[str, float]]) -> None:
+        """Writes the training metrics of the window that ends at `step`, one dict for each replica."""
+        means, _ = self._write(step, "train", values, {"learning_rate": self.program.learning_rate(step)})
+        self.telemetry.progress(step, {name: value for name, value in means.items() if name != "gradient_norm"})
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates the whole test split and, where they are due, draws figures."""
@@ -58,13 +62,32 @@ class Journal:
         with self.telemetry.aside():
             with self.dataset.test_batches(batch=e.batch, rows=self.rows) as batches:
                 values = evaluate.evaluate(self.program, state, batches)
-            self.telemetry.scalars(step, {f"eval/{name}": value for name, value in values.items()})
-            for line in self.program.task.summary(values):
+            examined = jax.device_get(self.program.examine(state))
+            for index, of_one in enumerate(values):
+                of_one |= self.program.task.examine(self.program.replicas.pick(examined, index))
+            means, errors = self._write(step, "eval", values)
+            for line in self.program.task.summary(means):
                 self.telemetry.say(f"evaluation at step {step}: {line}")
+            if errors:
+                listed = format_metrics({name: error for name, error in errors.items() if error == error})
+                self.telemetry.say(f"evaluation at step {step}: standard errors of {len(values)} replicas: {listed}")
             if due(step, e.log.figures_every, e.steps):
                 self._draw(step, state)
                 if self.program.task.trajectory_strides():
                     self._follow(step, state)
+
+    def _write(
+        self, step: int, kind: str, values: list[dict[str, float]], common: dict[str, float] | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Writes metrics as scalars: the replicas' means and standard errors, which it returns, and each one's values."""
+        means, errors = mean_and_error(values)
+        scalars = {f"{kind}/{name}": value for name, value in (means | (common or {})).items()}
+        scalars |= {f"{kind}_standard_error/{name}": value for name, value in errors.items()}
+        if errors:
+            for seed, of_one in zip(self.program.replicas.seeds, values, strict=True):
+                scalars |= {f"{kind}_seed_{seed}/{name}": value for name, value in of_one.items()}
+        self.telemetry.scalars(step, scalars)
+        return means, errors
 
     def close(self) -> None:
         """Says where to look."""
@@ -75,10 +98,11 @@ class Journal:
         return self.workdir / "figures" / f"step_{step:08d}"
 
     def _draw(self, step: int, state: TrainState) -> None:
-        """Figures of test examples, and of training ones where they differ (an operator's do not), named train_*."""
-        count = self.program.experiment.log.figure_examples
+        """Figures of test examples, and of training ones where they differ (an operator's do not), named train_*; of the first
+        replica."""
+        count, first = self.program.experiment.log.figure_examples, partial(self.program.replicas.pick, index=0)
         batches = [self.dataset.figure_batch(count), self.dataset.figure_batch(count, train=True)]
-        arrays, trained = (jax.device_get(self.program.inspect(state, batch)) for batch in batches)
+        arrays, trained = (first(jax.device_get(self.program.inspect(state, batch))) for batch in batches)
         if jax.process_index() != 0:
             return
         drawn = self.program.task.figures(arrays)
@@ -89,21 +113,27 @@ class Journal:
         self.telemetry.histograms(step, {name: array for name, array in arrays.items() if array.ndim == 1})
 
     def _follow(self, step: int, state: TrainState) -> None:
-        """Scores the trajectories of whole test videos, draws them, and keeps the poses for `python -m niso.trajectories`."""
-        strides, limit = self.program.task.trajectory_strides(), self.program.task.trajectory_limit()
-        params = state.params | state.frozen
-        if self._model is None:
-            parts = self.program.mesh.shape["data"]
-            self._model = Model(self.program.task, self.program.graphdef, params, self.program.mesh, -(-CHUNK // parts) * parts)
-            self._motions = sequences.mean_motions(self.dataset, strides)
-        found = sequences.estimate(self._model.with_params(params), self.dataset, strides, limit, self._motions)
-        scores = trajectories.score_all(found, limit)
-        self.telemetry.scalars(step, {f"trajectories/{name}": value for name, value in scores.items()})
+        """Scores the trajectories of whole test videos, draws the first replica's, and keeps its poses for
+        `python -m niso.trajectories`."""
+        replicas = self.program.replicas
+        runs = [self._trajectories(self.program.parameters(state, index)) for index in range(replicas.count)]
+        limit, found = self.program.task.trajectory_limit(), runs[0]
+        scores, _ = self._write(step, "trajectories", [trajectories.score_all(of_one, limit) for of_one in runs])
         self.telemetry.say(trajectories.table(scores))
         if jax.process_index() != 0:
             return
         self._keep(step, {f"trajectories_stride_{b}": trajectory_figure.draw(part.sequences) for b, part in found.items()})
         poses.save(self._figure_folder(step) / "trajectories.npz", found, limit)
+
+    def _trajectories(self, params: tree.Params) -> dict[int, Stride]:
+        """True and estimated poses of the whole test videos, by stride."""
+        strides, limit = self.program.task.trajectory_strides(), self.program.task.trajectory_limit()
+        assert isinstance(self.dataset, PairDataset)  # the only kind with poses, which the task has asked for
+        if self._model is None:
+            parts = self.program.mesh.shape["data"]
+            self._model = Model(self.program.task, self.program.graphdef, params, self.program.mesh, -(-CHUNK // parts) * parts)
+            self._motions = sequences.mean_motions(self.dataset, strides)
+        return sequences.estimate(self._model.with_params(params), self.dataset, strides, limit, self._motions)
 
     def _keep(self, step: int, drawn: dict[str, np.ndarray]) -> None:
         """Figures in TensorBoard, and as files."""

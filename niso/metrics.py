@@ -37,6 +37,15 @@ def add(a: Metrics, b: Metrics) -> Metrics:
     return {name: a[name] + b[name] for name in a}
 
 
+def by_replica(metrics: Metrics) -> list[dict[str, float]]:
+    """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
+    fetched = jax.device_get(metrics)
+    if all(mean.total.ndim == 0 for mean in fetched.values()):
+        return [values(fetched)]
+    count = len(next(iter(fetched.values())).total)
+    return [values({name: Mean(m.total[index], m.count[index]) for name, m in fetched.items()}) for index in range(count)]
+
+
 def values(metrics: Metrics) -> dict[str, float]:
     """Name -> mean, on the host; names that counted nothing (a frame skip that no pair has) are left out."""
     fetched = jax.device_get(metrics)

@@ -6,6 +6,10 @@ import jax
 from jax import Array
 
 
-def stream(seed: int, name: str, step: int | Array = 0) -> Array:
-    """The key of stream `name` at `step`: a typed PRNG key, the same on every host and in every process."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), zlib.crc32(name.encode())), step)
+def stream(seed: int | Array, name: str, step: int | Array = 0) -> Array:
+    """The key of stream `name` at `step`: a typed PRNG key, the same on every host and in every process.
+
+    `seed` is a number, or what jax.random.key makes of it (that of a replica among others).
+    """
+    root = jax.random.key(seed) if isinstance(seed, int) else seed
+    return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)

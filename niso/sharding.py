@@ -141,9 +141,9 @@ def host_rows(mesh: Mesh, batch: int) -> list[int]:
     return sorted({row for index in indices if index is not None for row in range(batch)[index[0]]})
 
 
-def place_batch(shardings: dict[str, NamedSharding], batch: dict[str, np.ndarray], rows: int) -> dict[str, Array]:
-    """This host's rows of a batch as global arrays of `rows` examples."""
+def place_batch(shardings: dict[str, NamedSharding], batch: dict[str, np.ndarray], *leading: int) -> dict[str, Array]:
+    """This host's part of a batch as global arrays whose first axes have the lengths `leading`: (replicas and) examples."""
     return {
-        name: jax.make_array_from_process_local_data(shardings[name], value, (rows, *value.shape[1:]))
+        name: jax.make_array_from_process_local_data(shardings[name], value, (*leading, *value.shape[len(leading) :]))
         for name, value in batch.items()
     }

@@ -108,7 +108,7 @@ class Telemetry:
 
     Args:
         workdir: created if missing; a path on a mounted file system.
-        steps: of the whole run. batch: examples per step, over all hosts.
+        steps: of the whole run. batch: examples per step, over all hosts and replicas.
         resume_step: the step the run continues from; what was written about later steps is dropped.
         profile_steps: (a, b) traces the updates a+1 to b for TensorBoard's profiler; (0, 0) traces nothing.
         clock: seconds; for tests.

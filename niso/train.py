@@ -10,10 +10,12 @@ from jax import Array
 from niso import checkpoint, metrics, sharding
 from niso.checkpoint import Checkpoints
 from niso.config import Experiment
-from niso.data.pipeline import PairDataset, open_dataset
+from niso.data.pipeline import open_dataset
+from niso.data.stream import Examples
 from niso.errors import UserError
 from niso.journal import Journal, due
 from niso.metrics import Metrics
+from niso.replicas import Replicas
 from niso.step import Program, TrainState
 from niso.telemetry import Telemetry
 
@@ -38,38 +40,35 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
             return 0
         checkpoint.check_sources(() if done else experiment.task.warm_start)
         mesh = sharding.make_mesh(experiment.mesh)
-        sharding.check_batch(mesh, experiment.batch, experiment.optimizer.accumulate)
+        Replicas(mesh, experiment.seed, experiment.seeds).check_batch(experiment.batch, experiment.optimizer.accumulate)
         dataset = open_dataset(experiment.data)
         program = Program(experiment, mesh, dataset.batch_shapes(experiment.batch))
         state = checkpoints.restore(program) if done else program.init(checkpoint.warm_start(program.task.warm_start, program))
         if primary:
             checkpoint.write_config(workdir, experiment.resolved)
-        telemetry = stack.enter_context(
-            Telemetry(
-                workdir, steps=experiment.steps, batch=experiment.batch, resume_step=done, primary=primary,
-                profile_steps=experiment.log.profile_steps,
-            )
-        )  # fmt: skip
+        telemetry = stack.enter_context(Telemetry(
+            workdir, steps=experiment.steps, batch=experiment.seeds * experiment.batch, resume_step=done, primary=primary,
+            profile_steps=experiment.log.profile_steps,
+        ))  # fmt: skip
         journal = Journal(program, dataset, telemetry, workdir)
         journal.introduce(done)
         return loop(program, dataset, checkpoints, journal, state)
 
 
-def loop(program: Program, dataset: PairDataset, checkpoints: Checkpoints, journal: Journal, state: TrainState) -> int:
+def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal: Journal, state: TrainState) -> int:
     """The steps that are left of a run, from `state`; returns the exit code."""
     e, telemetry = program.experiment, journal.telemetry
     start = sound = int(state.step)  # sound: the last step known to be finite
     if start == 0:
         journal.evaluate(0, state)
-    stream = dataset.train_batches(batch=e.batch, seed=e.seed, start=start, steps=e.steps, rows=journal.rows)
-    with stream as batches:
+    with program.replicas.train_batches(dataset.train_batches, e.batch, start, e.steps) as batches:
         pending: tuple[int, Metrics] | None = None
         window = None
         for step in range(start + 1, e.steps + 1):
             with telemetry.waiting():
                 batch = next(batches)
             previous = window
-            state, window = program.train(state, sharding.place_batch(program.batch_sharding, batch, e.batch))
+            state, window = program.train(state, program.place(batch))
             jax.block_until_ready(previous)  # at most two steps in flight: batches do not pile up
             telemetry.tick(step)
 
@@ -80,13 +79,13 @@ def loop(program: Program, dataset: PairDataset, checkpoints: Checkpoints, journ
             evaluate_now = due(step, e.log.evaluate_every, e.steps)
             save_now = due(step, e.checkpoint.every, e.steps) or leave
             for at, measured in filter(None, (late, pending if evaluate_now or save_now else None)):
-                values = metrics.values(measured)
+                values = metrics.by_replica(measured)
                 check_finite(at, sound, values, None, checkpoints)
                 journal.log(at, values)
                 sound = at
             if evaluate_now or save_now:
                 pending = None
-                check_finite(step, sound, metrics.values(window), state, checkpoints)
+                check_finite(step, sound, metrics.by_replica(window), state, checkpoints)
                 sound = step
             if evaluate_now:
                 journal.evaluate(step, state)
@@ -100,9 +99,9 @@ def loop(program: Program, dataset: PairDataset, checkpoints: Checkpoints, journ
     return 0
 
 
-def check_finite(step: int, sound: int, values: dict[str, float], state: TrainState | None, checkpoints: Checkpoints) -> None:
+def check_finite(step: int, sound: int, values: list[dict], state: TrainState | None, checkpoints: Checkpoints) -> None:
     """Stops the run if a metric of the steps after `sound`, or anything in the state about to be used or saved, is not finite."""
-    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    broken = sorted({name for of_one in values for name, value in of_one.items() if not math.isfinite(value)})
     if not broken and state is not None and not _all_finite(state):
         broken = ["parameters or optimiser state"]
     if broken:

@@ -56,7 +56,7 @@ def main() -> None:
             if step in (0, 100, 1000):
                 model = tree.merge(program.graphdef, state.params)
                 found[f"step_{step}"] = products(experiment, model, frames)
-            state, _ = program.train(state, sharding.place_batch(program.batch_sharding, batch, experiment.batch))
+            state, _ = program.train(state, program.place(batch))
     paper = Experiment.from_config(get_config("paper"))
     large = np.repeat(np.repeat(frames[:2], 5, axis=2), 5, axis=3)[:, :, :144, :144]
     model = paper.task.init_model(nnx.Rngs(params=rng.stream(0, "init")))

@@ -198,9 +198,11 @@ def test_quick_makes_two_steps(
     workdir = tmp_path / "run"
     command = [
         f"--config={ROOT}/configs/{name}.py:quick", f"--workdir={workdir}", "--config.steps=2", "--config.optimizer.warmup=1",
-        "--config.log.every=1", "--config.data.test_every=40",
+        "--config.log.every=1",
     ]  # fmt: skip
-    if importlib.import_module(f"configs.{name}").get_config("quick").task.warm_start:
+    quick = importlib.import_module(f"configs.{name}").get_config("quick")
+    command.append("--config.data.test_every=40" if "test_every" in quick.data else "--config.data.test_examples=4")
+    if quick.task.warm_start:
         command.append("--config.task.warm_start=()")  # of runs that are not there
     assert call(*command) == 0
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]

@@ -40,6 +40,7 @@ def snapshot(name: str) -> str:
     """A config's `paper` on data 4 x space 2 with ZeRO: what lives where, as text."""
     config = importlib.import_module(f"configs.{name}").get_config("paper")
     config.mesh.zero = True
+    config.batch += -config.batch % 4  # published batches of one cannot be split
     e = Experiment.from_config(config)
     return table(Program(e, mesh_of(4, 2), tiny.shapes(e)))
 

@@ -8,7 +8,6 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from configs.pose_encode import get_config
-from niso import sharding
 from niso.config import Experiment
 from niso.step import Program
 from tests.conftest import mesh_of
@@ -55,4 +54,4 @@ def batch(seed: int = 0, rows: int = 8, size: int = SIZE) -> dict[str, np.ndarra
 
 
 def place(p: Program, host: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-    return sharding.place_batch(p.batch_sharding, host, p.experiment.batch)
+    return p.place(host)

@@ -161,10 +161,18 @@ def one_by_one(function: Callable) -> Callable:
         results = jax.lax.map(lambda each: function(*each), tuple(x.reshape(-1, *x.shape[-2:]) for x in batches))
         return jax.tree.map(lambda result: result.reshape(*leading, *result.shape[1:]), results)
 
+    @jax.custom_batching.custom_vmap
     def run(*batches: Array) -> Any:
         if batches[0].ndim == 2 or batches[0].size == 0:
             return function(*batches)
         return jax.lax.platform_dependent(*batches, cpu=mapped, default=function)
+
+    @run.def_vmap
+    def _(size: int, mapped_over: list[bool], *batches: Array) -> tuple[Any, Any]:
+        """A vmapped axis is one more axis of the batch: left to itself, vmap would make batches of the single calls."""
+        whole = [x if over else jnp.broadcast_to(x, (size, *x.shape)) for x, over in zip(batches, mapped_over, strict=True)]
+        results = run(*whole)
+        return results, jax.tree.map(lambda _: True, results)
 
     return run
 

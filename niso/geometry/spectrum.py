@@ -4,6 +4,7 @@ Mitchel, Taylor, Sitzmann, Neural Isometries (NeurIPS 2024). Everything here is 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 
 import jax
@@ -13,6 +14,8 @@ from jax import Array
 from niso.geometry.polar import polar_factor
 
 Procrustes = Callable[..., Array]
+DROPOUT_LAWS = ("uniform", "log")
+HALF = math.log(2.0)  # eigenvalues this far apart have the mask exp(−gap) = 1/2: clusters end at wider gaps
 
 
 @jax.tree_util.register_dataclass
@@ -63,6 +66,34 @@ def apply_isometry(tau_BxKxK: Array, coefficient_BxKxC: Array, inverse: bool = F
     """τ_Ω c, or τ_Ωᵀ c = τ_Ω⁻¹ c for `inverse`, B x K x C."""
     letters = "bji,bjc->bic" if inverse else "bij,bjc->bic"
     return jnp.einsum(letters, tau_BxKxK, coefficient_BxKxC, precision="highest")
+
+
+def dropout(key: Array, batch: int, rank: int, probability: float, law: str = "uniform") -> Array:
+    """Spectral dropout: 1 for coefficients that are kept, 0 for all from an index i on, B x K.
+
+    With `probability` an example's index i is drawn from 1 <= i < K (counted from 0, so the first coefficient always stays):
+    "uniform" (Neural Isometries), or with "log" density 1/i. It makes the learned spectrum ordered.
+    """
+    coin, place = jax.random.split(key)
+    if law == "uniform":
+        index_B = jax.random.randint(place, (batch,), 1, max(rank, 2))
+    else:
+        index_B = jnp.floor(jnp.exp(jax.random.uniform(place, (batch,)) * jnp.log(rank))).astype(jnp.int32)
+    dropped_B = jax.random.bernoulli(coin, probability, (batch,))
+    return jnp.where(dropped_B[:, None] & (jnp.arange(rank) >= index_B[:, None]), 0.0, 1.0)
+
+
+def cluster_labels(eigenvalue_K: Array, gap: float = HALF) -> Array:
+    """Label of each ascending eigenvalue's cluster, 0, 0, 1, ..., K int32: a new one begins after a gap larger than `gap`."""
+    return jnp.concatenate([jnp.zeros(1, jnp.int32), jnp.cumsum(jnp.diff(eigenvalue_K) > gap)])
+
+
+def share_within_clusters(tau_BxKxK: Array, eigenvalue_K: Array, gap: float = HALF) -> Array:
+    """Share of ‖τ_Ω‖² on the blocks of clusters of eigenvalues, B, in [0, 1]; 1 for a map that keeps every cluster to itself."""
+    label_K = cluster_labels(eigenvalue_K, gap)
+    square_BxKxK = tau_BxKxK**2
+    inside_B = jnp.sum(jnp.where(label_K[:, None] == label_K[None, :], square_BxKxK, 0.0), axis=(1, 2))
+    return inside_B / jnp.sum(square_BxKxK, axis=(1, 2))
 
 
 def multiplicity(eigenvalue_K: Array) -> Array:

@@ -45,6 +45,10 @@ class Task:
         """Sharding table: (regular expression over parameter paths, mesh axis of each dimension); first match wins."""
         raise NotImplementedError
 
+    def at(self, progress: Array) -> "Task":
+        """The task at a fraction of the run, from 0 to 1: weights of losses may change on the way; by default nothing does."""
+        return self
+
     def draw(self, batch: Batch, key: Array) -> Batch:
         """The batch with this step's random choices made: a function of the key only. No choices by default."""
         return batch
@@ -59,6 +63,15 @@ class Task:
 
     def figures(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """What `inspect` returned, drawn on the host: title -> H x W x 3 uint8."""
+        return {}
+
+    def examination(self, model: Any) -> dict[str, Array]:
+        """What `examine` needs to know of a model (jitted); nothing where the task has nothing to examine."""
+        return {}
+
+    def examine(self, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+        """Figures of merit of the parameters themselves, on the host, from what `examination` returned; they join the metrics
+        of every evaluation."""
         return {}
 
     def inherited(self) -> tuple[str, ...]:

@@ -44,21 +44,14 @@ class Latent(Task):
     remat: bool
 
     def __post_init__(self) -> None:
-        for key, allowed in {
-            "eigenvalues": ("cumulative", "clustered"), "group": ("O", "SO"), "dtype": ("float32", "bfloat16"),
-        }.items():  # fmt: skip
-            if getattr(self, key) not in allowed:
-                raise UserError(f"task.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise UserError(f"task.dtype={self.dtype!r}: choose one of float32, bfloat16")
         for key in ("channels", "blocks", "latent_channels"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: must be at least 1")
         if not self.widths or min(self.widths) < 1 or self.size % 2 ** (len(self.widths) - 1):
             raise UserError(f"task.size={self.size} cannot be halved between the {len(self.widths)} levels of task.widths")
-        if self.operator and not 1 <= self.rank <= self.edge**2:
-            raise UserError(
-                f"task.rank={self.rank}: the latent grid has {self.edge} x {self.edge} = {self.edge**2} points, "
-                f"choose a rank from 1 to {self.edge**2}"
-            )
+        check_operator(self, self.edge, "latent grid" if self.operator else None)
 
     @property
     def edge(self) -> int:
@@ -117,6 +110,17 @@ class Latent(Task):
 
     def _options(self, rngs: nnx.Rngs) -> dict[str, Any]:
         return {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "rngs": rngs}
+
+
+def check_operator(task: Any, edge: int, grid: str | None = "grid") -> None:
+    """Raises UserError where a task's operator and its group cannot be; `grid`: what it calls the edge x edge points of Ω."""
+    for key, allowed in {"eigenvalues": ("cumulative", "clustered"), "group": ("O", "SO")}.items():
+        if getattr(task, key) not in allowed:
+            raise UserError(f"task.{key}={getattr(task, key)!r}: choose one of {', '.join(allowed)}")
+    if grid and not 1 <= task.rank <= edge**2:
+        raise UserError(
+            f"task.rank={task.rank}: the {grid} has {edge} x {edge} = {edge**2} points, choose a rank from 1 to {edge**2}"
+        )
 
 
 def scaled(image_BxHxWxC: Array) -> Array:

@@ -149,7 +149,7 @@ def pose(arm: str, seed: int, steps: int) -> dict[str, float]:
     state, values, start = program.init({}), [], 0.0
     with dataset.train_batches(batch=experiment.batch, seed=seed, start=0, steps=steps, rows=rows) as batches:
         for index, batch in enumerate(batches):
-            state, window = program.train(state, sharding.place_batch(program.batch_sharding, batch, experiment.batch))
+            state, window = program.train(state, program.place(batch))
             if (index + 1) % experiment.log.every == 0:
                 values.append(metrics.values(window)["loss"])
             if index == 0:
@@ -157,7 +157,7 @@ def pose(arm: str, seed: int, steps: int) -> dict[str, float]:
                 start = time.perf_counter()
     seconds = (time.perf_counter() - start) / max(steps - 1, 1)
     with dataset.test_batches(batch=experiment.batch, rows=rows) as batches:
-        found = evaluate.evaluate(program, state, batches)
+        found = evaluate.evaluate(program, state, batches)[0]
     return {
         "loss": statistics.mean(values[-max(len(values) // 10, 1) :]), "equivariance_error_%": found["equivariance_error"],
         "test_loss": found["loss"], "test_reconstruction": found["reconstruction"], "step_s": seconds,

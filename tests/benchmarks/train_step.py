@@ -105,7 +105,7 @@ def random_batch(p: Program) -> dict[str, Array]:
         return random.uniform(0.5, 1.5, shape.shape).astype(shape.dtype)
 
     host = {name: draw(shape) for name, shape in p.batch_shapes.items()}
-    return sharding.place_batch(p.batch_sharding, host, p.experiment.batch)
+    return p.place(host)
 
 
 def step_flops(e: Experiment) -> float:
