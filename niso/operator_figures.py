@@ -25,14 +25,15 @@ def beside(
 ) -> np.ndarray:
     """Returns the first `count` learned eigenfunctions (left) beside the first true ones, eight in a row.
 
-    Each is on its own symmetric range, its eigenvalue below it. The two may differ in how many there are.
+    Each is on its own symmetric range, its eigenvalue below it. The two may differ in how many there are. The caller gives both
+    in the order of the true spectrum: the symmetry does not fix that of the learned one.
     """
     sheets = []
     for basis_NxK, eigenvalue_K in ((learned_NxK, learned_eigenvalue_K), (true_NxK, true_eigenvalue_K)):
         pictures = [panel(diverging(function_N.reshape(height, width)), 64) for function_N in basis_NxK.T[:count]]
         captions = [f"{eigenvalue:.3g}" for eigenvalue in eigenvalue_K[:count]]
         sheets.append(grid(pictures, min(8, len(pictures)), captions=captions, margin=0, gap=6))
-    return grid(sheets, 2, headings=SIDES, title="Eigenfunctions  (eigenvalue)", gap=APART)
+    return grid(sheets, 2, headings=SIDES, title="Eigenfunctions in the order of the Laplacian  (eigenvalue)", gap=APART)
 
 
 def operators(learned_NxN: np.ndarray, true_NxN: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_losses_against_float64(domain: str) -> None:
     found = metrics.values(measured)
     # 2e-4: float32 through an SVD of condition ~1e3.
     assert found["reconstruction"] == pytest.approx(reconstruction(keep), rel=2e-4)
-    assert float(value) == pytest.approx(reconstruction(keep) + 0.1 * multiplicity, rel=2e-4)
+    assert float(value) == pytest.approx(reconstruction(keep) + task.beta * multiplicity, rel=2e-4)
     evaluated = metrics.values(task.evaluate(model, drawn))
     assert evaluated["reconstruction"] == pytest.approx(reconstruction(np.ones(1)), rel=2e-4)
     error = ((tau @ a - b) ** 2).sum((1, 2)) / (b**2).sum((1, 2))

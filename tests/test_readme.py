@@ -20,9 +20,17 @@ SMALL = (
     "--config.optimizer.warmup=1"
 )
 QUICK = "pip install -q -e . && .venv/bin/python -m niso.main --config=configs/pose_encode.py:quick"
+# The same for stacks of images.
+STILLS = (
+    "--config.data.twin= --config.data.records=records/images --config.data.size=16 --config.data.stack=4 "
+    "--config.data.test_examples=2 --config.batch=1 --config.task.rank=8 --config.steps=2 --config.optimizer.warmup=1"
+)
 # A fragment of each line -> what is appended to it here, or the reason why it is not run.
 RUN = {
     "data_prep.synthetic_co3d": {"--size small": "--size tiny"},
+    "data_prep.images": {"IMAGES": "twin", "--workers 8": "--workers 1 --test_fraction 0.3"},
+    "--config=configs/toric_laplacian.py": {},
+    "--config=configs/spherical_laplacian.py:quick": {},
     "data_prep.co3d": {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"},
     "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
     "--config.seed=1": {},
@@ -36,6 +44,7 @@ RUN = {
 }
 NOT_RUN = {
     "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
+    'pip install -q -e ".[samples]"': "the tests' own environment has it; tests/test_images_prep.py goes without",
     'pip install -e ".[cuda]"': "downloads gigabytes for a GPU",
     "-m pytest": "this is it; .ci/run runs the line as it stands",
     "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs both with small ones",
@@ -115,8 +124,8 @@ def test_tensorboard_reads_the_run(folder: Path) -> None:
 
 @pytest.mark.timeout(400)
 def test_the_other_commands(folder: Path) -> None:
-    """In the README's order, but the twin first: it stands for CO3Dv2 here."""
-    known = sorted(lines(), key=lambda line: "synthetic_co3d" not in line)
+    """In the README's order, but data first, and first of all the twin: it stands for CO3Dv2 and for a folder of images here."""
+    known = sorted(lines(), key=lambda line: ("synthetic_co3d" not in line, "data_prep" not in line))
     for original in known:
         line = original
         if QUICK in line or any(part in line for part in NOT_RUN):
@@ -126,7 +135,7 @@ def test_the_other_commands(folder: Path) -> None:
             assert old in line
             line = line.replace(old, new)
         if "niso.main" in line:
-            line += "".join(f" '{word}'" for word in SMALL.split())
+            line += "".join(f" '{word}'" for word in (STILLS if "laplacian" in line else SMALL).split())
             if "--workdir" not in line and ":small " not in original + " ":  # these have a run of their own, others follow on it
                 line += f" --workdir=runs/line-{known.index(original)}"
         done = shell(line, folder)

@@ -52,6 +52,23 @@ def commutation(operator_NxN: np.ndarray, moves: Iterable[np.ndarray]) -> float:
     return float(np.mean([np.linalg.norm(operator_NxN @ move_NxN - move_NxN @ operator_NxN) / norm for move_NxN in moves]))
 
 
+def in_true_coordinates(learned: Eigenbasis, true: Eigenbasis) -> np.ndarray:
+    """Learned eigenfunctions as orthonormal columns where the true ones are orthonormal, N x K: the nearest ones, because learned
+    masses are not exactly the true ones."""
+    left_NxK, _, right_KxK = np.linalg.svd(orthonormal_coordinates(learned.basis_NxK, true.mass_N), full_matrices=False)
+    return left_NxK @ right_KxK
+
+
+def rayleigh_quotients(learned_NxK: np.ndarray, true: Eigenbasis) -> np.ndarray:
+    """The true operator's quadratic form on learned eigenfunctions (`in_true_coordinates`), K: where they belong in its spectrum.
+
+    Infinite for a function that is mostly outside of the true operator's span (on the sphere: beyond its band limit).
+    """
+    energy_TxK = (orthonormal_coordinates(true.basis_NxK, true.mass_N).T @ learned_NxK) ** 2
+    inside_K = energy_TxK.sum(axis=0)
+    return np.where(inside_K > 0.5, (true.eigenvalue_K @ energy_TxK) / np.maximum(inside_K, 0.5), np.inf)
+
+
 @dataclasses.dataclass(frozen=True)
 class Eigenspace:
     """One true eigenspace in what was learned: the share of it, in [0, 1], that m learned eigenfunctions span.
@@ -79,12 +96,11 @@ def recovered(learned_NxK: np.ndarray, true: Eigenbasis, count: int) -> list[Eig
     basis has little energy in any of them.
 
     Args:
-      learned_NxK: orthonormal columns in the true operator's own coordinates (`orthonormal_coordinates` with the true mass).
+      learned_NxK: `in_true_coordinates`.
     """
     true_NxK = orthonormal_coordinates(true.basis_NxK, true.mass_N)
     overlap_TxK = true_NxK.T @ learned_NxK
-    energy_TxK = overlap_TxK**2
-    rayleigh_K = (true.eigenvalue_K @ energy_TxK) / np.maximum(energy_TxK.sum(axis=0), 1e-12)
+    energy_TxK, rayleigh_K = overlap_TxK**2, rayleigh_quotients(learned_NxK, true)
     found: list[Eigenspace] = []
     for space in eigenspaces(true.eigenvalue_K)[:count]:
         size = space.stop - space.start
@@ -118,8 +134,7 @@ def figures_of_merit(learned: Eigenbasis, true: Eigenbasis, moves: Iterable[np.n
     """
     root_N = np.sqrt(true.mass_N)
     weigh = root_N[:, None] / root_N
-    left_NxK, _, right_KxK = np.linalg.svd(root_N[:, None] * learned.basis_NxK, full_matrices=False)
-    spaces = recovered(left_NxK @ right_KxK, true, lowest)  # the nearest orthonormal functions: learned masses are not exact
+    spaces = recovered(in_true_coordinates(learned, true), true, lowest)
     cluster_S = np.diff([*starts(learned.eigenvalue_K), len(learned.eigenvalue_K)])
     angle_A = np.concatenate([space.angle_M for space in spaces])
     merits = {

@@ -136,10 +136,11 @@ class Laplacian(Task):
     def figures(self, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         learned, true, grid = self._learned(arrays), self._true(), (self.size, self.size)
         starts = recovery.starts(learned.eigenvalue_K)
+        order_K = np.argsort(recovery.rayleigh_quotients(recovery.in_true_coordinates(learned, true), true), kind="stable")
         spaces = [space.stop - space.start for space in eigenspaces(true.eigenvalue_K)]
         return {
             "eigenfunctions": operator_figures.beside(
-                learned.basis_NxK, learned.eigenvalue_K, true.basis_NxK, true.eigenvalue_K, *grid
+                learned.basis_NxK[:, order_K], learned.eigenvalue_K[order_K], true.basis_NxK, true.eigenvalue_K, *grid
             ),
             "operator": operator_figures.operators(learned.matrix_NxN(), true.matrix_NxN(), *grid),
             "isometries": operator_figures.clustered_isometries(arrays["tau_BxKxK"], starts),
