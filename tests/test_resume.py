@@ -20,6 +20,7 @@ from niso.errors import UserError
 from niso.journal import Journal
 from niso.metrics import Mean
 from niso.optimizer import Optimizer
+from niso.replicas import Replicas
 from niso.step import TrainState
 from tests import runs
 from tests.conftest import mesh_of
@@ -168,7 +169,10 @@ class _Spy:
         every = SimpleNamespace(every=2, evaluate_every=3, figures_every=99, figure_examples=1)
         self.experiment = SimpleNamespace(steps=6, batch=8, seed=0, log=every, checkpoint=SimpleNamespace(every=3), resolved={})
         self.mesh = mesh_of(1)
-        self.batch_sharding: dict[str, Any] = {}
+        self.replicas = Replicas(self.mesh, 0, 1)
+
+    def place(self, batch: dict) -> dict:
+        return batch
 
     def train(self, state: TrainState, batch: dict) -> tuple[TrainState, dict]:
         step = int(state.step) + 1

@@ -241,7 +241,7 @@ def test_digits_come_in_one_size(labelled, tmp_path):
     line = message(lambda: pipeline.open_dataset(data(labelled, **DIGITS | {"size": 40})))
     assert line == "config.data.size is 40, the pictures of mnist are 28 pixels wide: set --config.data.size=28"
     line = message(lambda: pipeline.open_dataset(data(str(tmp_path), **DIGITS)))
-    assert f"`python -m data_prep.mnist --root MNIST --out {tmp_path}`, or run" in line
+    assert f"`python -m data_prep.mnist --root MNIST --out {tmp_path}`, or set --config.data.twin=tiny" in line
 
 
 # The test split
