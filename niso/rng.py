@@ -11,5 +11,6 @@ def stream(seed: int | Array, name: str, step: int | Array = 0) -> Array:
 
     `seed` is a number, or what jax.random.key makes of it (that of a replica among others).
     """
-    root = jax.random.key(seed) if isinstance(seed, int) else seed
+    is_key = isinstance(seed, Array) and jax.dtypes.issubdtype(seed.dtype, jax.dtypes.prng_key)
+    root = seed if is_key else jax.random.key(seed)
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)

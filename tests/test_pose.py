@@ -248,11 +248,11 @@ def test_frames_are_encoded_once_and_never_differentiated(remat: bool) -> None:
     """A train step has the convolutions of one encoder, on B x T frames: no pair encodes again, no gradient goes through."""
     p = program(task__remat=remat)
     once = [BATCH * VIEWS] * (2 * 2)  # two levels of one block of two
-    assert convolutions(p._train, p.state_shapes, p.batch_shapes) == once
-    assert convolutions(p._evaluate, p.state_shapes, p.batch_shapes, 0) == once
+    assert convolutions(p._train, 0, p.state_shapes, p.batch_shapes) == once
+    assert convolutions(p._evaluate, 0, p.state_shapes, p.batch_shapes, 0) == once
     if not remat:
         joint = program(task__trainable=".*")  # the test can fail
-        assert len(convolutions(joint._train, joint.state_shapes, joint.batch_shapes)) > 2 * len(once)
+        assert len(convolutions(joint._train, 0, joint.state_shapes, joint.batch_shapes)) > 2 * len(once)
 
 
 def test_encoder_and_operator_stay_bit_for_bit() -> None:
