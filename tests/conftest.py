@@ -13,6 +13,14 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_disable_most_optimizations", True)
 
 
+LONGEST = ("test_readme.py", "test_replicas.py", "test_pose.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that take minutes first: begun last, one of them would keep one process busy while the other has nothing left."""
+    items.sort(key=lambda item: item.path.name not in LONGEST)
+
+
 def mesh_of(data: int, space: int = 1) -> Mesh:
     """A mesh over the first data x space of the eight devices."""
     devices = jax.devices()[: data * space]

@@ -75,6 +75,8 @@ class Operator(nnx.Module):
         basis_NxK = spectral.mass_orthonormal(self.basis[...], mass_N)
         eigenvalue_K = self.eigenvalue[...] ** 2
         if self.eigenvalues == "cumulative":
+            # An offset of all eigenvalues changes nothing: its gradient would be rounding, which Adam scales to full steps.
+            eigenvalue_K = jnp.concatenate([jax.lax.stop_gradient(eigenvalue_K[:1]), eigenvalue_K[1:]])
             return Learned(Spectrum(basis_NxK, jnp.cumsum(eigenvalue_K), mass_N))
         order_K = jnp.argsort(eigenvalue_K)
         return Learned(Spectrum(basis_NxK[:, order_K], eigenvalue_K[order_K], mass_N))
