@@ -49,6 +49,8 @@ def operator_config(experiment: str, domain: str, variant: str) -> ConfigDict:
         "size": 16,
         "stack": 86,
         "test_examples": 64,
+        "test_copies": 1,
+        "test_records": "",
         "in_memory": True,
         "threads": 2,
         "prefetch": 8,

@@ -6,8 +6,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 
 _REPO = pathlib.Path(__file__).parents[1]
+_SLOWLY = """
+import sys, time
+from niso.data import records
+from data_prep import {module}
+encode = records.encode
+def slowly(*arguments):
+    time.sleep(0.03)
+    return encode(*arguments)
+records.encode = slowly
+{module}.prepare({arguments}, progress=False)
+"""
 
 
 def contents(out: pathlib.Path) -> dict[str, bytes]:
@@ -27,3 +39,16 @@ def kill_in_the_third_shard(out: pathlib.Path, script: str, *arguments: object) 
     done = {path: os.stat(path).st_mtime_ns for path in out.glob("*.array_record")}
     assert len(done) == 2 and list(out.glob(".*.tmp-*")), "the run was not broken off in the middle of a shard"
     return done
+
+
+def check_a_killed_run(
+    module: str, arguments: str, out: pathlib.Path, again: Callable[[], object], unbroken: dict[str, bytes]
+) -> None:
+    """Kills `data_prep.module.prepare(arguments)`, which fills out with stills in three shards, and runs it again: `again`.
+
+    What is finished must not be made again, and the end must be what an unbroken run leaves behind.
+    """
+    done = kill_in_the_third_shard(out, _SLOWLY.format(module=module, arguments=arguments))
+    again()
+    assert contents(out) == unbroken
+    assert all(os.stat(path).st_mtime_ns == before for path, before in done.items()), "finished shards were made again"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import os
 import pathlib
 import struct
 import sys
@@ -12,7 +11,7 @@ import pytest
 
 from data_prep import mnist, samples, synthetic_mnist
 from niso.data import pipeline, records, stills
-from tests.prep_runs import contents, kill_in_the_third_shard
+from tests.prep_runs import check_a_killed_run, contents
 from tests.toy_records import message
 
 _REAL = pathlib.Path(__file__).parents[2] / "shared" / "data" / "mnist"
@@ -93,8 +92,8 @@ def test_the_files_of_mnist(tmp_path):
     assert np.bincount(splits["test"][1]).tolist() == [980, 1135, 1032, 1010, 982, 892, 958, 1028, 974, 1009]
     mnist.prepare(_REAL, tmp_path / "out", progress=False)
     section = stills.Stills(
-        dataset="mnist", records=str(tmp_path / "out"), twin="", size=28, stack=1, test_examples=10_000, in_memory=False,
-        threads=2, prefetch=2, workers=0,
+        dataset="mnist", records=str(tmp_path / "out"), twin="", size=28, stack=1, test_examples=10_000, test_copies=1,
+        test_records="", in_memory=False, threads=2, prefetch=2, workers=0,
     )  # fmt: skip
     dataset = pipeline.open_dataset(section)
     assert (dataset.train_size, dataset.test_size) == (60_000, 10_000)
@@ -180,24 +179,10 @@ def test_no_digits_at_all(tmp_path):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-_SLOW_RUN = """
-import sys, time
-from data_prep import mnist
-encode = mnist.records.encode
-def slowly(*arguments):
-    time.sleep(0.03)
-    return encode(*arguments)
-mnist.records.encode = slowly
-mnist.prepare(sys.argv[1], sys.argv[2], verify=False, shards=3, progress=False)
-"""
-
-
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(root, unbroken, tmp_path):
     out = tmp_path / "out"
-    done = kill_in_the_third_shard(out, _SLOW_RUN, root, out)
-    mnist.prepare(root, out, **EVERYTHING)
-    assert contents(out) == unbroken
-    assert all(os.stat(path).st_mtime_ns == before for path, before in done.items()), "finished shards were made again"
+    arguments = f"{str(root)!r}, {str(out)!r}, verify=False, shards=3"
+    check_a_killed_run("mnist", arguments, out, lambda: mnist.prepare(root, out, **EVERYTHING), unbroken)
 
 
 def test_several_workers_write_the_same_bytes(root, unbroken, tmp_path):
@@ -249,6 +234,8 @@ def test_the_twin_streams_and_every_twin_is_the_same(monkeypatch, tmp_path):
         size=28,
         stack=1,
         test_examples=360,
+        test_copies=1,
+        test_records="",
         in_memory=True,
         threads=2,
         prefetch=2,

@@ -80,8 +80,8 @@ def root(tmp_path_factory) -> str:
 
 def data(root: str, **changes) -> stills.Stills:
     toy = stills.Stills(
-        dataset="images", records=root, twin="", size=SIZE, stack=STACK, test_examples=7, in_memory=False, threads=2, prefetch=4,
-        workers=0,
+        dataset="images", records=root, twin="", size=SIZE, stack=STACK, test_examples=7, test_copies=1, test_records="",
+        in_memory=False, threads=2, prefetch=4, workers=0,
     )  # fmt: skip
     return dataclasses.replace(toy, **changes)
 
@@ -223,7 +223,7 @@ def test_labels_stay_with_their_images(labelled, changes):
     for batch in [tested[0], dataset.figure_batch(4), dataset.figure_batch(4, train=True)]:
         assert len(shown_digits(batch)) == 4
         assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dataset.batch_shapes(4)
-    assert dataset.bytes_per_example()["device"] == 28 * 28 + 4 + 4
+    assert dataset.bytes_per_example()["device"] == 28 * 28 + 4 * 4
 
 
 def test_a_stack_of_labelled_images_has_no_label(labelled, root):
@@ -241,7 +241,7 @@ def test_digits_come_in_one_size(labelled, tmp_path):
     line = message(lambda: pipeline.open_dataset(data(labelled, **DIGITS | {"size": 40})))
     assert line == "config.data.size is 40, the pictures of mnist are 28 pixels wide: set --config.data.size=28"
     line = message(lambda: pipeline.open_dataset(data(str(tmp_path), **DIGITS)))
-    assert f"`python -m data_prep.mnist --root MNIST --out {tmp_path}`, or set --config.data.twin=tiny" in line
+    assert f"`python -m data_prep.mnist --root MNIST --out {tmp_path}`, or run --config=configs/hmnist_encode.py:quick" in line
 
 
 # The test split

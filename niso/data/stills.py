@@ -1,4 +1,9 @@
-"""Still images to host batches: an example is one image and its label, or several, one behind the other along the channels."""
+"""Still images to host batches: an example is one image and its label, or several, one behind the other along the channels.
+
+A task may make its observations from an image by random transformations. For a test set that is always the same these must be a
+function of the example: single images so come with their number in the split and, where each is evaluated several times, with
+the number of the copy.
+"""
 
 import dataclasses
 import math
@@ -8,10 +13,11 @@ from typing import cast
 import numpy as np
 
 from niso.data import datasets, records
-from niso.data.stream import Batch, Examples, Source, find_records
+from niso.data.stream import Batch, Examples, Source, check_records, find_records
 from niso.errors import UserError
 
 IMAGE, LABEL = "image_HxWxC", "label"
+TEST_SET = "homnist"  # what test_records hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +27,16 @@ class Stills(Source["StillDataset"]):
     Attributes:
         stack: S, images of an example; an example of several has no label.
         test_examples: Examples of the test split that are evaluated.
+        test_copies: How often each image among them is; for tasks that transform each copy in another way.
+        test_records: Folder of homNIST's records (data_prep/homnist.py): its images, which are larger, are the test split
+            then. "": the test split is the one of `records`.
         in_memory: Read all images once at the start, in a byte for each pixel and channel, instead of those of every batch.
     """
 
     stack: int
     test_examples: int
+    test_copies: int
+    test_records: str
     in_memory: bool
 
     @property
@@ -34,15 +45,16 @@ class Stills(Source["StillDataset"]):
         return "single image" if self.stack == 1 else f"stack of {self.stack} images"
 
     def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """(shape, dtype) of every entry of a batch of that many examples."""
+        """(shape, dtype) of every entry of a batch of that many training examples."""
         schema = datasets.find(self.dataset).schema(self.size)
         height, width, channels = _shape(schema)
         shapes: dict[str, tuple[tuple[int, ...], np.dtype]] = {
             "images_BxHxWxC": ((batch, height, width, channels * self.stack), np.dtype(np.uint8)),
             "weight_B": ((batch,), np.dtype(np.float32)),
         }
-        if LABEL in schema and self.stack == 1:
-            shapes["label_B"] = ((batch,), np.dtype(np.int32))
+        if self.stack == 1:
+            names = ("item_B", "copy_B", *(["label_B"] if LABEL in schema else []))
+            shapes |= {name: ((batch,), np.dtype(np.int32)) for name in names}
         return shapes
 
     def open(self) -> "StillDataset":
@@ -52,13 +64,42 @@ class Stills(Source["StillDataset"]):
             UserError: as `find_records`; a value out of range; a split with fewer images than one example takes; with
                 in_memory, a damaged record.
         """
-        self.check(stack=1, test_examples=1)
+        self.check(stack=1, test_examples=1, test_copies=1)
+        if self.test_copies > 1 and (self.stack > 1 or self.test_examples % self.test_copies):
+            asked = f"data.test_examples={self.test_examples}, data.test_copies={self.test_copies}, data.stack={self.stack}"
+            raise UserError(f"{asked}: copies are of single images, and each has as many: choose a multiple, and stack=1")
         if self.in_memory and self.workers:
             alternatives = "set --config.data.workers=0, or --config.data.in_memory=False"
             raise UserError(f"data.in_memory=True and data.workers={self.workers}: each would hold all images; {alternatives}")
+        self._check_test_records()
         row, root = find_records(self)
-        train, test = (Gallery.open(root, name, row.schema(self.size), self.stack, self.in_memory) for name in row.splits)
+        folders = [(root, row), self._test_folder() if self.test_records else (root, row)]
+        train, test = (
+            Gallery.open(folder, name, of.schema(of.size or self.size), self.stack, self.in_memory)
+            for name, (folder, of) in zip(row.splits, folders, strict=True)
+        )
+        if (self.test_copies > 1 or self.test_records) and self.test_examples > test.size * self.test_copies:
+            most = f"{test.size} images x {self.test_copies} copies = {test.size * self.test_copies}"
+            raise UserError(f"config.data.test_examples is {self.test_examples}: there are at most {most}")
         return StillDataset(self, train, test)
+
+    def _check_test_records(self) -> None:
+        """Raises a UserError if test_records is set beside keys that contradict it."""
+        if not self.test_records:
+            return
+        no_records = "or --config.data.test_records= to nothing"
+        if self.stack > 1 or datasets.find(self.dataset).classes != datasets.TEST_SETS[TEST_SET].classes:
+            asked = f"data.dataset={self.dataset} and data.stack={self.stack}"
+            raise UserError(f"data.test_records is for single digits, not for {asked}: set dataset=mnist and stack=1, {no_records}")
+        if self.test_copies > 1:
+            asked = f"data.test_copies={self.test_copies} and data.test_records={self.test_records}"
+            raise UserError(f"{asked}: the records have every copy already: set --config.data.test_copies=1, {no_records}")
+
+    def _test_folder(self) -> tuple[pathlib.Path, datasets.Dataset]:
+        """The folder test_records and the row of what it holds; UserError as `check_records`."""
+        row, root = datasets.TEST_SETS[TEST_SET], pathlib.Path(self.test_records).expanduser()
+        check_records(root, TEST_SET, row, row.size or self.size, "test_records")
+        return root, row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,8 +132,11 @@ class Gallery:
         return int(self.end_S[-1]) if self.end_S.size else 0
 
     def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the images with these numbers: image s of an example, of C channels, at channels Cs .. Cs + C - 1."""
-        item_N = item_BxS.ravel()
+        """The batch of the images with these numbers: image s of an example, of C channels, at channels Cs .. Cs + C - 1.
+
+        Numbers go on beyond the last image with a further copy of the first one, and so on.
+        """
+        copy_N, item_N = np.divmod(item_BxS.ravel(), self.size)
         found = self._read(item_N) if self.stored is None else {name: value[item_N] for name, value in self.stored.items()}
         image_BxSxHxWxC = found[IMAGE].reshape(*item_BxS.shape, *_shape(self.reader.schema))
         examples, stack, height, width, channels = image_BxSxHxWxC.shape
@@ -101,8 +145,10 @@ class Gallery:
             stacked_BxHxWxSxC[..., channel] = np.moveaxis(image_BxSxHxWxC[..., channel], 1, -1)
         images_BxHxWxC = stacked_BxHxWxSxC.reshape(examples, height, width, stack * channels)
         batch: Batch = {"images_BxHxWxC": images_BxHxWxC, "weight_B": weight_B.astype(np.float32)}
-        if LABEL in found and stack == 1:
-            batch["label_B"] = found[LABEL].astype(np.int32)
+        if stack == 1:
+            batch |= {"item_B": item_N.astype(np.int32), "copy_B": copy_N.astype(np.int32)}
+            if LABEL in found:
+                batch["label_B"] = found[LABEL].astype(np.int32)
         return batch
 
     def order(self, examples: int, stack: int) -> np.ndarray:
@@ -150,15 +196,17 @@ class StillDataset(Examples):
     """Images, or stacks of them, from the two splits of a folder of records; `pipeline.open_dataset` makes it.
 
     A batch is {"images_BxHxWxC": uint8 images behind each other, C = their channels times stack, "weight_B": float32, 1
-    or 0 for padding} and, where images have labels and stack is 1, "label_B": int32, numbers of the row's classes.  An
-    epoch has every training image once, so train_size, the examples of an epoch, is the number of images // stack; the
-    examples that are evaluated are those of `Gallery.order`.
+    or 0 for padding}; where stack is 1 also, int32, "item_B", the images' numbers in their split, "copy_B" and, where they
+    have labels, "label_B", numbers of the row's classes.  An epoch has every training image once, so train_size, the
+    examples of an epoch, is the number of images // stack; the images that are evaluated are those of `Gallery.order`.
     """
 
     data: Stills
 
     def __init__(self, data: Stills, train: Gallery, test: Gallery):
-        evaluated = test.order(data.test_examples, data.stack)
+        copy_C = test.size * np.arange(data.test_copies)
+        item_ExS = test.order(data.test_examples // data.test_copies, data.stack)
+        evaluated = (item_ExS[:, None] + copy_C[:, None]).reshape(-1, data.stack)  # the copies of an image follow each other
         super().__init__(data, train.fetch, test.fetch, items=train.size, stack=data.stack, listed=True, evaluated=evaluated)
         self._train, self._test = train, test
 

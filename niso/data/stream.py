@@ -85,19 +85,29 @@ def find_records(data: Source) -> tuple[datasets.Dataset, pathlib.Path]:
     if not data.twin and not data.records:
         raise UserError(f"no records: set --config.data.records to a folder made with `{row.command} FOLDER`, {row.quick}")
     root = synthetic.ensure_twin(data) if data.twin else pathlib.Path(data.records).expanduser()
-    make = f"{row.command} {root}" + ("" if row.size else f" --size {data.size}")
+    check_records(root, data.dataset, row, data.size)
+    return row, root
+
+
+def check_records(root: pathlib.Path, name: str, row: datasets.Dataset, size: int, key: str = "records") -> None:
+    """Raises a UserError if root is no folder of finished records of that row, called name, and of that size, with every split.
+
+    `key` is the one of config.data that names the folder.
+    """
+    make = f"{row.command} {root}" + ("" if row.size else f" --size {size}")
     if not (root / "manifest.json").is_file():
         raise UserError(f"no records in {root}: make them with `{make}`, {row.quick}")
     manifest = records.Manifest.read(root)
-    if manifest.dataset != data.dataset:
-        raise UserError(f"{root} holds {manifest.dataset}, not {data.dataset}: set --config.data.records to another folder")
-    if manifest.size != data.size:
-        remedy = f"set --config.data.size={manifest.size}, or make others with --size {data.size}"
-        raise UserError(f"the records in {root} are {manifest.size} pixels wide, data.size is {data.size}: {remedy}")
+    if manifest.dataset != name:
+        raise UserError(f"{root} holds {manifest.dataset}, not {name}: set --config.data.{key} to another folder")
+    if manifest.size != size:
+        remedy = f"make others with `{row.command} FOLDER`"
+        if not row.size:
+            remedy = f"set --config.data.size={manifest.size}, or make others with --size {size}"
+        raise UserError(f"the records in {root} are {manifest.size} pixels wide, data.size is {size}: {remedy}")
     for split in row.splits:
         if not manifest.splits.get(split):
             raise UserError(f"the records in {root} have no {split} split: prepare them again, from more {row.units}")
-    return row, root
 
 
 class Batches:

@@ -9,12 +9,16 @@ warping by B A. It is how homNIST (MacDonald, Ramasinghe and Lucey, Enabling Equ
 made, whose coefficient law is the one of Neural Isometries' Homography MNIST with a smaller deviation: "test" and "train" here.
 """
 
+import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
+
+from niso import rng
 
 # E11 − I/3, E12, E13, E21, E22 − I/3, E23, E31, E32: stretches, shears and turns, and in the third column translations, in the
 # third row perspective.
@@ -42,6 +46,24 @@ def random_coefficients(key: Array, batch: int, law: str = "train") -> Array:
         raise ValueError(f"no law of homographies is called {law!r}: take one of {', '.join(LAWS)}")
     scale_8 = np.asarray(SCALES_8, np.float32) * np.float32(LAWS[law])
     return jax.random.normal(key, (batch, len(SCALES_8)), jnp.float32) * jnp.asarray(scale_8)
+
+
+def held_out_coefficients(item_B: Array, copy_B: Array, seed: int) -> Array:
+    """Coefficients of the regenerated homNIST test set, B x 8: each a function of (image, copy, seed) and of nothing else."""
+
+    def one(item: Array, copy: Array) -> Array:
+        key = jax.random.fold_in(rng.stream(seed, "homnist", item), copy)
+        return random_coefficients(key, 1, "test")[0]
+
+    return jax.vmap(one)(item_B, copy_B)
+
+
+@functools.partial(jax.jit, static_argnames=("copies", "seed"))
+def held_out_copies(image_HxWxC: ArrayLike, item: ArrayLike, *, copies: int, seed: int) -> Array:
+    """Copies 0 .. copies − 1 of one image of the regenerated test set, copies x H x W x C, float32: it must be padded already."""
+    coefficient_Bx8 = held_out_coefficients(jnp.full(copies, item, jnp.int32), jnp.arange(copies, dtype=jnp.int32), seed)
+    image_BxHxWxC = jnp.broadcast_to(jnp.asarray(image_HxWxC), (copies, *jnp.shape(image_HxWxC)))
+    return warp(image_BxHxWxC, exponential(coefficient_Bx8))
 
 
 def exponential(coefficient_Bx8: Array) -> Array:
