@@ -10,7 +10,10 @@ from PIL import Image, ImageDraw
 from niso import canvas
 from niso.canvas import DIVERGING_257x3, SEQUENTIAL_256x3, colour_bar, diverging, grid, panel, sequential
 
-__all__ = ["eigenfunctions", "grid", "isometries", "masses", "operator", "reconstructions", "save", "spectrum"]
+__all__ = [
+    "eigenfunctions", "grid", "isometries", "learned_operator", "masses", "operator", "predictions", "reconstructions", "save",
+    "spectrum",
+]  # fmt: skip
 
 
 def save(path: str | os.PathLike[str], image_HxWx3: np.ndarray) -> None:
@@ -110,6 +113,44 @@ def operator(
     size = f"{len(mass_N)} x {len(mass_N)}" + (", block means" if len(matrix_RxR) < len(mass_N) else "")
     headings = [f"matrix, {size}", "", "its rows at some grid points", ""]
     return grid([matrix, bars[0], kernels_page, bars[1]], 4, headings=headings, title="Operator")
+
+
+def learned_operator(arrays: dict[str, np.ndarray], edge: int) -> dict[str, np.ndarray]:
+    """Returns the figures of one operator on an edge x edge grid, by title.
+
+    Args:
+        arrays: its `basis_NxK`, `eigenvalue_K` and `mass_N`, among others.
+    """
+    basis_NxK, eigenvalue_K, mass_N = (arrays[name] for name in ("basis_NxK", "eigenvalue_K", "mass_N"))
+    return {
+        "eigenfunctions": eigenfunctions(basis_NxK, eigenvalue_K, edge, edge),
+        "masses": masses(mass_N, edge, edge),
+        "operator": operator(basis_NxK, eigenvalue_K, mass_N, edge, edge),
+        "spectrum": spectrum(eigenvalue_K),
+    }
+
+
+def predictions(
+    image_BxHxWxC: np.ndarray, probability_BxL: np.ndarray, truth_BxL: np.ndarray, names: Sequence[str] = (), *, count: int = 32
+) -> np.ndarray:
+    """Returns images, below each its most probable class and how probable; where that is wrong, also what it is.
+
+    Args:
+        image: in [-1, 1] (clipped).
+        truth: 1 for the right class, 0 for the others.
+        names: of the classes; their numbers by default.
+    """
+    count = min(count, len(image_BxHxWxC))
+    guess_B, label_B = probability_BxL.argmax(axis=1), truth_BxL.argmax(axis=1)
+    name = lambda number: names[number] if names else str(number)  # noqa: E731
+    captions = [
+        f"{name(guess_B[b])}  {100 * probability_BxL[b].max():.0f} %"
+        + (f"  is {name(label_B[b])}" if guess_B[b] != label_B[b] else "")
+        for b in range(count)
+    ]
+    pictures = [panel(canvas.photo(image_HxWxC), 104) for image_HxWxC in image_BxHxWxC[:count]]
+    right = int((guess_B[:count] == label_B[:count]).sum())
+    return grid(pictures, min(8, count), captions=captions, title=f"Predictions, {right} of {count} right")
 
 
 def _block_means(factor_NxK: np.ndarray, most: int) -> np.ndarray:

@@ -177,11 +177,11 @@ class Program:
         return gradients, measured | {"gradient_norm": Mean(norm, jnp.ones_like(norm))}
 
     def _evaluate(self, seed: int | Array, state: TrainState, batch: dict[str, Array], index: int) -> Metrics:
-        batch = self.task.draw(batch, rng.stream(seed, "evaluate", index))
+        batch = self.task.draw_held_out(batch, rng.stream(seed, "evaluate", index))
         return self.task.evaluate(self._model(state), batch)
 
     def _inspect(self, seed: int | Array, state: TrainState, batch: dict[str, Array]) -> dict[str, Array]:
-        batch = self.task.draw(batch, rng.stream(seed, "inspect"))
+        batch = self.task.draw_held_out(batch, rng.stream(seed, "inspect"))
         return self.task.inspect(self._model(state), batch)
 
     def _examine(self, seed: int | Array, state: TrainState) -> dict[str, Array]:

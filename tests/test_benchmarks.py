@@ -13,7 +13,7 @@ from jax import Array
 
 from niso.geometry.polar import METHODS, polar_factor
 from tests import tiny
-from tests.benchmarks import solve, timing, train_step
+from tests.benchmarks import pixels, solve, timing, train_step
 from tests.conftest import mesh_of
 from tests.test_polar import matrices, twin
 
@@ -163,3 +163,10 @@ def test_solve_refuses_arguments(arguments: list[str], capsys: pytest.CaptureFix
     with pytest.raises(SystemExit) as stopped:
         solve.main(arguments)
     assert stopped.value.code == 2 and arguments[0].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_plain_network_fails_on_warped_digits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The floor of Homography MNIST: it has learned the digits, and homographies of them are another matter."""
+    monkeypatch.setenv("NISO_CACHE", str(tmp_path))
+    found = pixels.measure("quick", 600, 0, data__test_examples=400, data__test_copies=2)
+    assert found["unperturbed"] > 60 and found["warped"] < found["unperturbed"] - 20

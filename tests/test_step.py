@@ -94,7 +94,7 @@ def test_mistakes_that_only_the_model_can_see_are_named() -> None:
         tiny.program(task__trainable="nothing")
     with pytest.raises(UserError, match=r"frames are \[16, 16, 3\], but task.size=16 and task.channels=1"):
         tiny.program(task__channels=1)
-    with pytest.raises(UserError, match=r"pairs of frames, not 3: set data\.views=2"):
+    with pytest.raises(UserError, match=r"task.regime=pairs takes 2 frames, not 3: set data\.views to that"):
         tiny.program(data__views=3)
     with pytest.raises(UserError, match="blocks=0: must be"):
         tiny.experiment(task__blocks=0)
@@ -112,9 +112,9 @@ def test_decay_reaches_what_its_pattern_names() -> None:
 
 
 def test_clip_bounds_the_update() -> None:
-    assert steps(tiny.program(optimizer__clip=1e-9), 1)[1]["gradient_norm"] > 1e-3  # measured before clipping
-    a, b = steps(tiny.program(), 1)[0].opt_state, steps(tiny.program(optimizer__clip=1e-3), 1)[0].opt_state
-    norms = [math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(s[-3].mu))) for s in (a, b)]
+    (free, _), (clipped, measured) = steps(tiny.program(), 1), steps(tiny.program(optimizer__clip=1e-3), 1)
+    assert measured["gradient_norm"] > 2e-3  # measured before clipping
+    norms = [math.sqrt(sum(float((x**2).sum()) for x in jax.tree.leaves(s.opt_state[-3].mu))) for s in (free, clipped)]
     assert norms[1] == pytest.approx(0.1 * 1e-3, rel=1e-3) and norms[0] > norms[1]
 
 

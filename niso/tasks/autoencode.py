@@ -1,7 +1,9 @@
-"""Neural Isometries from pairs: an autoencoder whose latent space turns the change between two views into an isometry."""
+"""Neural Isometries: an autoencoder whose latent space turns the change between two views into an isometry."""
 
 import dataclasses
+from collections.abc import Iterable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -10,12 +12,13 @@ from jax import Array
 import niso.figures as figures
 from niso.errors import UserError
 from niso.geometry import spectrum as spectral
-from niso.geometry.spectrum import apply_isometry
 from niso.metrics import Mean, Metrics
 from niso.models.autoencoder import Decoder, Encoder
-from niso.models.operator import LatentMaps, Learned, NoOperator, Operator
+from niso.models.operator import Learned, NoOperator, Operator
+from niso.tasks import views
 from niso.tasks.base import Batch, Rules
-from niso.tasks.latent import Latent, scaled
+from niso.tasks.latent import Latent, check_choices, scaled
+from niso.tasks.regimes import VIEWS, Views, compared
 
 
 class Autoencoder(nnx.Module):
@@ -29,17 +32,37 @@ class Autoencoder(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Autoencode(Latent):
-    """Pairwise regime: L = L_R + α L_E + β L_M (Neural Isometries), every term a mean of absolute values.
+    """L = L_R + α L_E + β L_M (Neural Isometries), every term a mean of absolute values.
+
+    Which latents are decoded and compared depends on the regime (tasks.regimes); of a plain autoencoder L = L_R.
 
     Fields:
+      regime: "pairs", "triplets" or "reconstruction".
+      transformation: "given", views are frames of a video; "homography", ψ is an image and T is drawn.
+      test_seed: of the homographies of held-out images.
       alpha, beta: α, β. both_directions: L_E of τ and of τ⁻¹, summed (reference code); False: of τ (paper).
+      dropout: probability of spectral dropout per example, in training, after L_E and before the decoder (published: 0).
       skips: frame skips whose equivariance error is reported separately.
     """
 
+    regime: str
+    transformation: str
+    test_seed: int
     alpha: float
     beta: float
     both_directions: bool
+    dropout: float
     skips: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choices(self, regime=tuple(VIEWS), transformation=views.TRANSFORMATIONS)
+        if not 0 <= self.dropout <= 1:
+            raise UserError(f"task.dropout={self.dropout}: a probability, from 0 to 1")
+        if self.regime == "triplets" and self.transformation == "given":
+            raise UserError("task.regime=triplets needs T²ψ, which a video does not have: set task.transformation=homography")
+        if self.regime == "reconstruction" and self.operator:
+            raise UserError("task.regime=reconstruction has no maps for an operator to commute with: set task.operator=False")
 
     def init_model(self, rngs: nnx.Rngs) -> Autoencoder:
         operator = self.init_operator(rngs)
@@ -48,15 +71,30 @@ class Autoencode(Latent):
     def rules(self) -> Rules:
         return (*self.operator_rules(), ("(encoder|decoder)/.*", ()))
 
+    def draw(self, batch: Batch, key: Array) -> Batch:
+        """The views, and which spectral coefficients are kept."""
+        transform, drop = jax.random.split(key)
+        if self.transformation == "homography":
+            batch = self._transformed(batch, views.training_coefficients(batch, transform))
+        if self.dropout:
+            batch = batch | {"keep_BxK": spectral.dropout(drop, len(batch["weight_B"]), self.order, self.dropout)}
+        return batch
+
+    def draw_held_out(self, batch: Batch, key: Array) -> Batch:
+        if self.transformation == "given":
+            return batch
+        return self._transformed(batch, views.held_out_coefficients(batch, self.test_seed))
+
     def loss(self, model: Autoencoder, batch: Batch) -> tuple[Array, Metrics]:
-        pair = self._encode(model, batch)
-        metrics = self._losses(model, batch, pair)
+        metrics = self._losses(model, batch, self._encode(model, batch))
         return metrics["loss"].total / metrics["loss"].count, metrics
 
     def evaluate(self, model: Autoencoder, batch: Batch) -> Metrics:
-        pair = self._encode(model, batch)
-        metrics = self._losses(model, batch, pair)
-        error_B = 100.0 * spectral.relative_error(apply_isometry(pair.tau_BxKxK, pair.first_BxKxC), pair.second_BxKxC)
+        seen = self._encode(model, batch)
+        metrics = self._losses(model, batch, seen)
+        if self.regime == "reconstruction":
+            return metrics
+        error_B = 100.0 * spectral.relative_error(seen.moved(0, by=0), seen.coefficient_BxTxKxC[:, 1])
         metrics["equivariance_error"] = Mean.of(error_B, batch["weight_B"])
         for skip in self.skips:
             chosen_B = batch["weight_B"] * (batch["skip_B"] == skip)
@@ -64,18 +102,18 @@ class Autoencode(Latent):
         return metrics
 
     def inspect(self, model: Autoencoder, batch: Batch) -> dict[str, Array]:
-        pair = self._encode(model, batch)
-        forward_BxHxWxC, backward_BxHxWxC = self._transport(model, pair)
-        arrays = {
-            "first_BxHxWxC": pair.frames_BxTxHxWxC[:, 0],
-            "second_BxHxWxC": pair.frames_BxTxHxWxC[:, 1],
-            "transported_first_BxHxWxC": backward_BxHxWxC,
-            "transported_second_BxHxWxC": forward_BxHxWxC,
-            "decoded_first_BxHxWxC": self._decode(model, pair.maps, pair.first_BxKxC),
-            "tau_BxKxK": pair.tau_BxKxK,
-        }
-        if isinstance(pair.maps, Learned):
-            spectrum = pair.maps.spectrum
+        seen = self._encode(model, batch)
+        first_BxKxC, second_BxKxC = seen.coefficient_BxTxKxC[:, 0], seen.coefficient_BxTxKxC[:, 1]
+        arrays = {"first_BxHxWxC": seen.frames_BxTxHxWxC[:, 0], "second_BxHxWxC": seen.frames_BxTxHxWxC[:, 1]}
+        if self.regime == "reconstruction":
+            there_BxHxWxC, back_BxHxWxC = self.decode(model, seen.maps, [second_BxKxC, first_BxKxC])
+        else:
+            moved = [seen.moved(0, by=0), seen.moved(1, by=0, inverse=True), first_BxKxC]
+            there_BxHxWxC, back_BxHxWxC, arrays["decoded_first_BxHxWxC"] = self.decode(model, seen.maps, moved)
+            arrays["tau_BxKxK"] = seen.tau_BxPxKxK[:, 0]
+        arrays |= {"transported_first_BxHxWxC": back_BxHxWxC, "transported_second_BxHxWxC": there_BxHxWxC}
+        if isinstance(seen.maps, Learned):
+            spectrum = seen.maps.spectrum
             arrays |= {"basis_NxK": spectrum.basis_NxK, "eigenvalue_K": spectrum.eigenvalue_K, "mass_N": spectrum.mass_N}
         return arrays
 
@@ -83,67 +121,56 @@ class Autoencode(Latent):
         drawn = {
             "reconstructions": figures.reconstructions(
                 arrays["first_BxHxWxC"], arrays["second_BxHxWxC"],
-                arrays["transported_first_BxHxWxC"], arrays["transported_second_BxHxWxC"],
-                arrays["decoded_first_BxHxWxC"],
+                arrays["transported_first_BxHxWxC"], arrays["transported_second_BxHxWxC"], arrays.get("decoded_first_BxHxWxC"),
             ),
-            "isometries": figures.isometries(arrays["tau_BxKxK"]),
         }  # fmt: skip
-        if self.operator:
-            basis_NxK, eigenvalue_K, mass_N = (arrays[name] for name in ("basis_NxK", "eigenvalue_K", "mass_N"))
-            grid = (self.edge, self.edge)
-            drawn |= {
-                "eigenfunctions": figures.eigenfunctions(basis_NxK, eigenvalue_K, *grid),
-                "masses": figures.masses(mass_N, *grid),
-                "operator": figures.operator(basis_NxK, eigenvalue_K, mass_N, *grid),
-                "spectrum": figures.spectrum(eigenvalue_K),
-            }
-        return drawn
+        if "tau_BxKxK" in arrays:
+            drawn["isometries"] = figures.isometries(arrays["tau_BxKxK"])
+        return drawn | (figures.learned_operator(arrays, self.edge) if self.operator else {})
 
     def summary(self, metrics: dict[str, float]) -> list[str]:
         terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "reconstruction", "equivariance", "multiplicity"))
+        if "equivariance_error" not in metrics:
+            return [terms]
         skips = [(skip, metrics.get(f"equivariance_error_skip_{skip}")) for skip in self.skips]
         by_skip = "  ".join(f"skip {skip}: {error:.2f} %" for skip, error in skips if error is not None)
-        return [terms, f"equivariance error {metrics['equivariance_error']:.2f} %  ({by_skip})"]
+        return [terms, f"equivariance error {metrics['equivariance_error']:.2f} %" + (f"  ({by_skip})" if by_skip else "")]
 
-    def _encode(self, model: Autoencoder, batch: Batch) -> "_Pair":
+    def _transformed(self, batch: Batch, coefficient_Bx8: Array) -> Batch:
+        """The batch with views of its images instead of them."""
+        others = {name: value for name, value in batch.items() if name != "images_BxHxWxC"}
+        return others | {"frames_BxTxHxWxC": views.orbit(views.images(batch), self.size, coefficient_Bx8, VIEWS[self.regime])}
+
+    def _encode(self, model: Autoencoder, batch: Batch) -> Views:
+        if "frames_BxTxHxWxC" not in batch:
+            raise UserError("task.transformation=given needs frames of videos: choose a data.dataset of these, or homography")
         frames_BxTxHxWxC = batch["frames_BxTxHxWxC"]
         if frames_BxTxHxWxC.dtype == jnp.uint8:
             frames_BxTxHxWxC = scaled(frames_BxTxHxWxC)
-        examples, views = frames_BxTxHxWxC.shape[:2]
-        if views != 2:
-            raise UserError(f"task autoencode takes pairs of frames, not {views}: set data.views=2")
+        examples, count = frames_BxTxHxWxC.shape[:2]
+        if count != VIEWS[self.regime]:
+            raise UserError(f"task.regime={self.regime} takes {VIEWS[self.regime]} frames, not {count}: set data.views to that")
         maps = model.operator.maps()
-        coefficient_PxKxC = self.encode(model, maps, frames_BxTxHxWxC.reshape(-1, *frames_BxTxHxWxC.shape[2:]))
-        coefficient_BxTxKxC = coefficient_PxKxC.reshape(examples, views, *coefficient_PxKxC.shape[1:])
-        first_BxKxC, second_BxKxC = coefficient_BxTxKxC[:, 0], coefficient_BxTxKxC[:, 1]
-        return _Pair(frames_BxTxHxWxC, maps, first_BxKxC, second_BxKxC, self.isometry(maps, first_BxKxC, second_BxKxC))
+        coefficient_QxKxC = self.encode(model, maps, frames_BxTxHxWxC.reshape(-1, *frames_BxTxHxWxC.shape[2:]))
+        coefficient_BxTxKxC = coefficient_QxKxC.reshape(examples, count, *coefficient_QxKxC.shape[1:])
+        tau_BxPxKxK = jnp.zeros((examples, 0, self.order, self.order))
+        if self.regime != "reconstruction":
+            ends = coefficient_BxTxKxC[:, :-1], coefficient_BxTxKxC[:, 1:]
+            tau_QxKxK = self.isometry(maps, *(end_BxPxKxC.reshape(-1, *end_BxPxKxC.shape[2:]) for end_BxPxKxC in ends))
+            tau_BxPxKxK = tau_QxKxK.reshape(examples, count - 1, *tau_QxKxK.shape[1:])
+        return Views(frames_BxTxHxWxC, maps, coefficient_BxTxKxC, tau_BxPxKxK)
 
-    def _decode(self, model: Autoencoder, maps: LatentMaps, coefficient_BxKxC: Array) -> Array:
-        z_BxNxC = maps.unproject(coefficient_BxKxC)
-        return model.decoder(z_BxNxC.reshape(z_BxNxC.shape[0], self.edge, self.edge, -1))
-
-    def _transport(self, model: Autoencoder, pair: "_Pair") -> tuple[Array, Array]:
-        """D(τ E(ψ)) and D(τ⁻¹ E(Tψ)): the two decodes that the loss needs."""
-        moved = (apply_isometry(pair.tau_BxKxK, pair.first_BxKxC),
-                 apply_isometry(pair.tau_BxKxK, pair.second_BxKxC, inverse=True))  # fmt: skip
-        both_BxTxKxC = jnp.stack(moved, axis=1)
-        decoded_PxHxWxC = self._decode(model, pair.maps, both_BxTxKxC.reshape(-1, *both_BxTxKxC.shape[2:]))
-        decoded_BxTxHxWxC = decoded_PxHxWxC.reshape(pair.frames_BxTxHxWxC.shape)
-        return decoded_BxTxHxWxC[:, 0], decoded_BxTxHxWxC[:, 1]
-
-    def _losses(self, model: Autoencoder, batch: Batch, pair: "_Pair") -> Metrics:
-        weight_B = batch["weight_B"]
-        forward_BxHxWxC, backward_BxHxWxC = self._transport(model, pair)
-        reconstruction_B = _absolute(forward_BxHxWxC - pair.frames_BxTxHxWxC[:, 1]) + _absolute(
-            backward_BxHxWxC - pair.frames_BxTxHxWxC[:, 0]
-        )
-        equivariance_B = _absolute(apply_isometry(pair.tau_BxKxK, pair.first_BxKxC) - pair.second_BxKxC)
-        if self.both_directions:
-            equivariance_B += _absolute(apply_isometry(pair.tau_BxKxK, pair.second_BxKxC, inverse=True) - pair.first_BxKxC)
-        multiplicity_B = pair.maps.multiplicity() * jnp.ones_like(weight_B)
-        loss_B = reconstruction_B + self.alpha * equivariance_B + self.beta * multiplicity_B
+    def _losses(self, model: Autoencoder, batch: Batch, seen: Views) -> Metrics:
+        weight_B, pairs = batch["weight_B"], compared(seen, self.regime)
+        keep_BxKx1 = batch["keep_BxK"][..., None] if "keep_BxK" in batch else 1.0
+        decoded = self.decode(model, seen.maps, [keep_BxKx1 * moved_BxKxC for moved_BxKxC, _ in pairs])
+        targets = [seen.frames_BxTxHxWxC[:, view] for _, view in pairs]
+        reconstruction_B = _summed(zip(decoded, targets, strict=True))
+        in_latents = pairs[:1] if self.regime == "pairs" and not self.both_directions else pairs
+        equivariance_B = _summed((moved_BxKxC, seen.coefficient_BxTxKxC[:, view]) for moved_BxKxC, view in in_latents)
+        multiplicity_B = seen.maps.multiplicity() * jnp.ones_like(weight_B)
         terms = {
-            "loss": loss_B,
+            "loss": reconstruction_B + self.alpha * equivariance_B + self.beta * multiplicity_B,
             "reconstruction": reconstruction_B,
             "equivariance": equivariance_B,
             "multiplicity": multiplicity_B,
@@ -151,17 +178,7 @@ class Autoencode(Latent):
         return {name: Mean.of(value_B, weight_B) for name, value_B in terms.items()}
 
 
-@dataclasses.dataclass(frozen=True)
-class _Pair:
-    """One encoded batch: the frames in [−1, 1], their coefficients and the map between them."""
-
-    frames_BxTxHxWxC: Array
-    maps: LatentMaps
-    first_BxKxC: Array
-    second_BxKxC: Array
-    tau_BxKxK: Array
-
-
-def _absolute(difference: Array) -> Array:
-    """Mean absolute value per example, B."""
-    return jnp.mean(jnp.abs(difference), axis=tuple(range(1, difference.ndim)))
+def _summed(pairs: Iterable[tuple[Array, Array]]) -> Array:
+    """The sum over pairs of the mean absolute difference of each example, B."""
+    differences = [found - wanted for found, wanted in pairs]
+    return jnp.sum(jnp.stack([jnp.mean(jnp.abs(d), axis=tuple(range(1, d.ndim))) for d in differences]), axis=0)

@@ -15,7 +15,7 @@ from niso.geometry.spectrum import Procrustes
 from niso.metrics import Metrics
 
 Batch = dict[str, Array]
-SHARED = ("__init__", "base", "latent")  # files of tasks/ that hold no task
+SHARED = ("__init__", "base", "latent", "regimes", "views")  # files of tasks/ that hold no task
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
@@ -52,6 +52,10 @@ class Task:
     def draw(self, batch: Batch, key: Array) -> Batch:
         """The batch with this step's random choices made: a function of the key only. No choices by default."""
         return batch
+
+    def draw_held_out(self, batch: Batch, key: Array) -> Batch:
+        """`draw` for batches that are evaluated or looked at. A task whose test set is the same for every run ignores the key."""
+        return self.draw(batch, key)
 
     def evaluate(self, model: Any, batch: Batch) -> Metrics:
         """Metrics of a held-out batch; examples with `weight_B` 0 are padding."""

@@ -20,7 +20,7 @@ from niso.geometry.spectrum import apply_isometry
 from niso.metrics import Mean, Metrics
 from niso.models.operator import Learned, Operator
 from niso.tasks.base import Batch, Rules, Task
-from niso.tasks.latent import OPERATOR_RULES, check_operator, scaled
+from niso.tasks.latent import OPERATOR_RULES, check_choices, check_operator, scaled
 
 LOWEST = 25  # true eigenspaces that are looked for
 ROTATIONS = 32  # random rotations that Ω should commute with
@@ -63,9 +63,7 @@ class Laplacian(Task):
     dropout_law: str
 
     def __post_init__(self) -> None:
-        for key, allowed in {"domain": ("torus", "sphere"), "dropout_law": spectral.DROPOUT_LAWS}.items():
-            if getattr(self, key) not in allowed:
-                raise UserError(f"task.{key}={getattr(self, key)!r}: choose one of {', '.join(allowed)}")
+        check_choices(self, domain=("torus", "sphere"), dropout_law=spectral.DROPOUT_LAWS)
         if self.size < 4 or self.size % 2 or self.channels < 1:
             raise UserError(f"task.size={self.size}, task.channels={self.channels}: an even size from 4 on, and 1 channel or more")
         if not 0 <= self.dropout <= 1:

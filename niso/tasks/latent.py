@@ -1,6 +1,7 @@
 """What the tasks on latent isometries share: an encoder, an operator, and the map τ_Ω between two encoded observations."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -44,8 +45,7 @@ class Latent(Task):
     remat: bool
 
     def __post_init__(self) -> None:
-        if self.dtype not in ("float32", "bfloat16"):
-            raise UserError(f"task.dtype={self.dtype!r}: choose one of float32, bfloat16")
+        check_choices(self, dtype=("float32", "bfloat16"))
         for key in ("channels", "blocks", "latent_channels"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: must be at least 1")
@@ -98,6 +98,14 @@ class Latent(Task):
         z_BxHxWxC = model.encoder(image_BxHxWxC)
         return maps.project(z_BxHxWxC.reshape(batch, -1, self.latent_channels))
 
+    def decode(self, model: Any, maps: LatentMaps, coefficients: Sequence[Array]) -> list[Array]:
+        """D of several coefficients of one batch, each B x K x C, by one call of the decoder: B x H x W x channels each."""
+        coefficient_BxSxKxC = jnp.stack(coefficients, axis=1)
+        z_QxNxC = maps.unproject(coefficient_BxSxKxC.reshape(-1, *coefficient_BxSxKxC.shape[2:]))
+        decoded_QxHxWxC = model.decoder(z_QxNxC.reshape(len(z_QxNxC), self.edge, self.edge, -1))
+        decoded_BxSxHxWxC = decoded_QxHxWxC.reshape(-1, len(coefficients), *decoded_QxHxWxC.shape[1:])
+        return [decoded_BxSxHxWxC[:, n] for n in range(len(coefficients))]
+
     def isometry(self, maps: LatentMaps, first_BxKxC: Array, second_BxKxC: Array) -> Array:
         """τ_Ω with τ_Ω first ≈ second, B x K x K (eq. 8)."""
         return spectral.solve_isometry(first_BxKxC, second_BxKxC, maps.mask_KxK, self._procrustes)
@@ -114,13 +122,18 @@ class Latent(Task):
 
 def check_operator(task: Any, edge: int, grid: str | None = "grid") -> None:
     """Raises UserError where a task's operator and its group cannot be; `grid`: what it calls the edge x edge points of Ω."""
-    for key, allowed in {"eigenvalues": ("cumulative", "clustered"), "group": ("O", "SO")}.items():
-        if getattr(task, key) not in allowed:
-            raise UserError(f"task.{key}={getattr(task, key)!r}: choose one of {', '.join(allowed)}")
+    check_choices(task, eigenvalues=("cumulative", "clustered"), group=("O", "SO"))
     if grid and not 1 <= task.rank <= edge**2:
         raise UserError(
             f"task.rank={task.rank}: the {grid} has {edge} x {edge} = {edge**2} points, choose a rank from 1 to {edge**2}"
         )
+
+
+def check_choices(task: Any, **allowed: tuple[str, ...]) -> None:
+    """Raises UserError where a field of a task is none of the words that it may be."""
+    for key, choices in allowed.items():
+        if getattr(task, key) not in choices:
+            raise UserError(f"task.{key}={getattr(task, key)!r}: choose one of {', '.join(choices)}")
 
 
 def scaled(image_BxHxWxC: Array) -> Array:

@@ -15,7 +15,7 @@ from niso.models.autoencoder import Encoder
 from niso.models.heads import PoseHead
 from niso.models.operator import NoOperator, Operator
 from niso.tasks.base import Batch, Rules
-from niso.tasks.latent import Latent
+from niso.tasks.latent import Latent, check_choices
 
 REST = 1e-8  # a camera that moves less, in the world's units, rests: float64 poses leave 1e-15
 FLOOR = 1e-3  # in the head's own unit; a smaller estimate is not scaled up further: a bound on the gradient
@@ -54,8 +54,7 @@ class Pose(Latent):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.scale not in ("positive", "published"):
-            raise UserError(f"task.scale={self.scale!r}: choose one of positive, published")
+        check_choices(self, scale=("positive", "published"))
         if not self.strides or min(self.strides) < 1:
             raise UserError(f"task.strides={self.strides}: name one or more strides, each at least 1")
         for key, least in {"layers": 2, "head_width": 1, "limit": 3}.items():
