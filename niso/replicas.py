@@ -45,6 +45,11 @@ class Replicas:
         data, space = (self.mesh.shape[axis] for axis in sharding.AXES)
         return "data" if self.count > 1 and data > 1 and space == 1 and self.count % data == 0 else None
 
+    @property
+    def written_out(self) -> bool:
+        """Whether they are computed one after the other instead of mapped over: on CPUs."""
+        return self.mesh.devices.flat[0].platform == "cpu"
+
     def solve(self, procrustes: Procrustes) -> Procrustes:
         """κ with its batch split over the mesh; as it is where replicas are split: each device solves its own."""
         return procrustes if self.axis else sharding.sharded(procrustes, self.mesh)
@@ -61,7 +66,7 @@ class Replicas:
         if self.count == 1:
             return partial(function, self.seed)
 
-        mapped = jax.vmap(function, in_axes=(0, *in_axes), out_axes=out_axes)
+        mapped = (_written_out if self.written_out else jax.vmap)(function, in_axes=(0, *in_axes), out_axes=out_axes)
         if self.axis:  # gradients are taken inside, of what one device has alone: nothing to be summed
             in_specs, out_specs = self._specs((0, *in_axes)), self._specs(out_axes)
             mapped = jax.shard_map(mapped, mesh=self.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)
@@ -70,7 +75,7 @@ class Replicas:
     def _specs(self, axes: Any) -> Any:
         """Where shard_map finds what jax.vmap's `axes` say."""
         split, whole = PartitionSpec(self.axis), PartitionSpec()
-        return jax.tree.map(lambda axis: whole if axis is None else split, axes, is_leaf=lambda axis: axis is None)
+        return jax.tree.map(lambda axis: whole if axis is None else split, axes, is_leaf=_is_none)
 
     def stack(self, shapes: Any) -> Any:
         """What has shape and dtype for one replica, for all of them."""
@@ -114,6 +119,49 @@ class Replicas:
         with contextlib.ExitStack() as stack:
             streams = [stack.enter_context(open_stream(seed=self.seeds[index], **options)) for index in self.local()]
             yield streams[0] if self.count == 1 else map(_stacked, zip(*streams, strict=True))
+
+
+def _written_out(function: Callable[..., Any], in_axes: tuple[Any, ...], out_axes: Any) -> Callable[..., Any]:
+    """What jax.vmap does, by the function's own operations, for one replica after the other; the first argument has them all.
+
+    For CPUs. There the convolutions of mapped kernels are grouped ones, which took sixteen times as long in a step of
+    hmnist_encode, and in the body of a loop they are as slow. One after the other, because LAPACK calls that do not depend on each
+    other can wait for each other's threads for ever.
+    """
+
+    def mapped(*arguments: Any) -> Any:
+        def of(index: int) -> list[Any]:
+            pick = lambda axis, part: part if axis is None else jax.tree.map(lambda leaf: leaf[index], part)  # noqa: E731
+            return jax.tree.map(pick, list(in_axes), list(arguments), is_leaf=_is_none)
+
+        results = [function(*of(0))]
+        for index in range(1, len(arguments[0])):
+            results.append(function(*_after(results[-1], of(index))))
+        join = lambda axis, *parts: parts[0] if axis is None else jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)  # noqa: E731
+        return jax.tree.map(join, out_axes, *results, is_leaf=_is_none)
+
+    return mapped
+
+
+def _after(results: Any, arguments: Any) -> Any:
+    """The arguments as they are, but known only when the results are: with an exact zero added that is computed from these.
+
+    (CPU compilers drop optimization_barrier before they decide what may run at once.) Computed from the scalars, where there are
+    any: those of a training step, its metrics with the norm of the gradient, need all that is solved in it. Sorted, because the
+    compiler would otherwise repeat what they are computed from for each of the arguments.
+    """
+    numbers = [leaf for leaf in jax.tree.leaves(results) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
+    if not numbers:
+        return arguments
+    known = [leaf for leaf in numbers if leaf.ndim == 0] or numbers
+    finite = [jnp.clip(jnp.nan_to_num(leaf.ravel()[:1].astype(jnp.float32)), -1, 1) for leaf in known]
+    zero = 0.0 * jnp.sort(jnp.concatenate(finite))[0]
+    late = lambda leaf: leaf + zero.astype(leaf.dtype) if jnp.issubdtype(leaf.dtype, jnp.inexact) else leaf  # noqa: E731
+    return jax.tree.map(late, arguments)
+
+
+def _is_none(axis: Any) -> bool:
+    return axis is None
 
 
 def _stacked(batches: Sequence[Batch]) -> Batch:

@@ -43,11 +43,15 @@ def alone() -> list[tuple[dict[str, np.ndarray], dict[str, float], dict[str, flo
 
 
 @pytest.mark.parametrize(
-    "data,space,axis",
-    [pytest.param(1, 1, None, marks=pytest.mark.slow), (2, 1, "data"), pytest.param(2, 2, None, marks=pytest.mark.slow)],
+    "data,space,axis,mapped",
+    [(1, 1, None, False), (2, 1, "data", True), pytest.param(2, 2, None, False, marks=pytest.mark.slow)],
 )
-def test_replicas_are_the_single_runs(alone: list, data: int, space: int, axis: str | None) -> None:
-    """On one device, split over `data`, and with examples split over `data` because rows are over `space`."""
+def test_replicas_are_the_single_runs(
+    alone: list, data: int, space: int, axis: str | None, mapped: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On one device, split over `data`, and with examples split over `data` because rows are over `space`; `mapped` as on a GPU."""
+    if mapped:
+        monkeypatch.setattr(Replicas, "written_out", False)
     p = tiny.program(data, space, seeds=COUNT)
     assert p.replicas.axis == axis
     state, windows = trained(p)
@@ -59,6 +63,32 @@ def test_replicas_are_the_single_runs(alone: list, data: int, space: int, axis: 
         assert windows[index] == pytest.approx(window, rel=1e-3)
         assert evaluated[index] == pytest.approx(values, rel=1e-3)
     assert len({window["loss"] for window in windows}) == COUNT
+
+
+def test_solves_of_replicas_wait_for_each_other() -> None:
+    """On a CPU: of any two LAPACK calls in the compiled step one needs the other's result. Independent ones can deadlock."""
+    p = tiny.program(1, 1, seeds=COUNT)
+    text = p.train.lower(p.state_shapes, p.batch_shapes).compile().as_text()
+    bodies: dict[str, list[str]] = {}  # computation -> its instructions, in the order of the text, which is one of execution
+    for line in text.splitlines():
+        if begun := re.match(r"(?:ENTRY )?%?([\w.-]+) \(.*\{$", line):
+            entry = begun[1]  # it comes last
+            bodies[entry] = []
+        elif line.startswith(" "):
+            bodies[entry].append(line)
+    names = {name: [re.findall(r"%([\w.-]+)", line) for line in lines] for name, lines in bodies.items()}
+    solving = {name for name, lines in bodies.items() if any("lapack" in line for line in lines)}
+    while more := {n for n in bodies if n not in solving and any(solving & set(used) for used in names[n])}:
+        solving |= more
+    needs: dict[str, set[str]] = {}  # instruction -> solves that it needs
+    solves: list[str] = []
+    for line, (name, *used) in zip(bodies[entry], names[entry], strict=True):
+        needs[name] = set().union(*(needs[one] | ({one} & set(solves)) for one in used if one in needs))
+        if "lapack" in line or solving & set(used):
+            solves.append(name)
+    assert len(solves) >= 2 * COUNT  # of the basis and of the maps
+    for index, name in enumerate(solves):
+        assert set(solves[:index]) <= needs[name], (name, solves)
 
 
 def test_initial_parameters_are_bit_identical() -> None:
