@@ -1,20 +1,24 @@
-"""What a run says about itself: event files, metrics.jsonl, the terminal line, the profiler window.
+"""What a run says about itself: event files, metrics.jsonl, hours.jsonl, the terminal line, the profiler window.
 
-With niso.event_writer the only importer of clu and tensorboard. Everything is written by one background thread per
-file; an orderly `close()` loses nothing, and a failed write is a UserError at the next call.
+With niso.event_writer the only importer of clu and tensorboard. Everything but the hours is written by one background thread
+per file; an orderly `close()` loses nothing, and a failed write is a UserError at the next call.
 """
 
 import contextlib
+import json
 import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from niso.errors import UserError
-from niso.event_writer import AppendFile, EventWriter, JsonlWriter
+from niso.event_writer import AppendFile, EventWriter, JsonlWriter, drop_after
+from niso.run_files import HOURS, HOURS_FILE
 
 # isort: split
 # After niso.event_writer, which stands in for what clu wants of TensorFlow.
@@ -78,6 +82,31 @@ class StepTimer:
         self._begun, self._steps, self._waited = self._clock(), 0, 0.0
 
 
+class DeviceHours:
+    """Hours since the start times devices, over all resumes: `workdir`/hours.jsonl, apart from what a rerun reproduces.
+
+    A resumed run goes on from what was written up to the step it resumes from: neither waiting for a machine nor steps that were
+    lost count. One whose first part did not know its hours writes none.
+    """
+
+    def __init__(self, workdir: str | os.PathLike[str], resume_step: int, clock: Callable[[], float]):
+        path = Path(workdir) / HOURS_FILE
+        drop_after(path, resume_step if resume_step > 0 else -1)
+        kept = path.read_text().splitlines() if path.exists() else []
+        nothing = 0.0 if resume_step == 0 else None  # an earlier part, by a niso that did not count
+        self._before = json.loads(kept[-1])[HOURS] if kept else nothing
+        self._clock, self._begun = clock, clock()
+        self.file = AppendFile(path)
+
+    def write(self, step: int) -> dict[str, float]:
+        """Appends the hours after `step` updates, and returns them under their name."""
+        if self._before is None:
+            return {}
+        hours = {HOURS: self._before + jax.device_count() * (self._clock() - self._begun) / 3600.0}
+        self.file.write(json.dumps({"step": step} | hours).encode() + b"\n")
+        return hours
+
+
 def format_metrics(metrics: Mapping[str, float]) -> str:
     """Returns "loss 0.4123  reconstruction 0.3010": four to six digits each, whatever the size."""
     return "  ".join(f"{name} {_number(value)}" for name, value in metrics.items())
@@ -130,7 +159,7 @@ class Telemetry:
     ):
         self._active, self._steps, self._batch = primary, steps, batch
         self._timer = StepTimer(clock)
-        self._resume_step = resume_step
+        self._resume_step = self._last_step = resume_step
         self._files: list[AppendFile] = []
         self._profile: Callable[[int], Any] | None = None
         self._profile_end = profile_steps[1]
@@ -141,7 +170,8 @@ class Telemetry:
         # Readers drop what is later than the resumed step; a run from scratch, all of an earlier attempt.
         events = EventWriter(workdir, purge_step=resume_step + 1 if resume_step > 0 else 0)
         lines = JsonlWriter(workdir, resume_step)
-        self._files = [events.file, lines.file]
+        self._hours = DeviceHours(workdir, resume_step, clock)
+        self._files = [events.file, lines.file, self._hours.file]
         self._events = metric_writers.AsyncWriter(events)
         self._lines = metric_writers.AsyncWriter(lines)
         first, last = profile_steps
@@ -191,6 +221,7 @@ class Telemetry:
 
     def tick(self, step: int) -> None:
         """Call once after every step: times the first one (compilation) and opens and closes the profiler window."""
+        self._last_step = step
         compiled = self._timer.tick()
         if compiled is not None:
             self.say(f"compiled in {compiled:.1f} s")
@@ -198,14 +229,15 @@ class Telemetry:
             self._profile(step)
 
     def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints the line of a log point, and writes its speeds under time/.
+        """Prints the line of a log point, and writes its speeds and the device hours under time/.
 
-        The speeds go to the event file only: metrics.jsonl holds what a rerun reproduces.
+        They go to the event file, and not to metrics.jsonl, which holds what a rerun reproduces.
         """
         if not self._active:
             return
         line = f"step {step:>{len(str(self._steps))}}/{self._steps} {f'({100 * step // self._steps} %)':<7}"
         line = f"{line} {format_metrics(metrics)}".rstrip()
+        times = self._hours.write(self._last_step)
         rate = self._timer.window()
         if rate is not None:
             steps_per_second, share = rate
@@ -214,9 +246,10 @@ class Telemetry:
             line += f"  waiting for data {100 * share:.0f} %"
             if step < self._steps:
                 line += f"  {format_seconds((self._steps - step) / steps_per_second)} left"
-            speeds = {"steps_per_second": steps_per_second, "examples_per_second": examples_per_second}
-            speeds["data_wait_share"] = share
-            self._events.write_scalars(step, {f"time/{name}": value for name, value in speeds.items()})
+            times |= {"time/steps_per_second": steps_per_second, "time/examples_per_second": examples_per_second}
+            times["time/data_wait_share"] = share
+        if times:
+            self._events.write_scalars(step, times)
         self.say(line)
         self._check()
 
@@ -226,8 +259,9 @@ class Telemetry:
             print(line, flush=True)
 
     def flush(self) -> None:
-        """Waits until everything reported so far is in the files."""
+        """Waits until everything reported so far is in the files; call it before a checkpoint, whose hours it writes."""
         if self._active:
+            self._hours.write(self._last_step)
             self._events.flush()
             self._lines.flush()
             self._check()
