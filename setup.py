@@ -11,7 +11,7 @@ assert version is not None
 TEST = [
     "pytest>=8",
     "pytest-timeout>=2.3",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.7",
     "ruff>=0.17,<0.18",
     "mypy>=1.18",
     "evo>=1.38",

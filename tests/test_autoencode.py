@@ -95,7 +95,7 @@ def test_only_the_two_latents_of_the_loss_are_decoded() -> None:
     [
         {"task__operator": False, "task__alpha": 0.0},
         {"task__group": "SO", "task__eigenvalues": "clustered", "task__both_directions": True, "task__beta": 0.0},
-        {"task__rank": 64, "task__ridge": 1e-4},
+        pytest.param({"task__rank": 64, "task__ridge": 1e-4}, marks=pytest.mark.slow),
         {"task__dtype": "bfloat16", "task__remat": True},
     ],
     ids=lambda o: "-".join(name.removeprefix("task__") for name in o),

@@ -159,7 +159,7 @@ def test_spectral_dropout_is_for_training_only_and_spares_the_equivariance() -> 
 
 @pytest.mark.parametrize(
     "arm,overrides",
-    [("triplets", {"task__dropout": 0.5, "task__group": "SO"}), ("autoencoder", {})],
+    [pytest.param("triplets", {"task__dropout": 0.5, "task__group": "SO"}, marks=pytest.mark.slow), ("autoencoder", {})],
     ids=["triplets-dropout-SO", "autoencoder"],
 )
 def test_every_regime_learns(arm: str, overrides: dict[str, Any]) -> None:

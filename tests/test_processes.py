@@ -64,6 +64,7 @@ def counted(file: pathlib.Path, name: str) -> set[float]:
     return {count for found, count in map(json.loads, file.read_text().splitlines()) if found == name}
 
 
+@pytest.mark.slow
 def test_eight_devices_accumulating_with_divided_optimizer_state() -> None:
     workdir = runs.unbroken(8)
     assert_equal_within_rounding(workdir)
@@ -122,6 +123,7 @@ def test_two_processes_leave_together_at_one_step_and_only_the_first_writes(two)
     assert_same_metrics(workdir, runs.STEPS, 1e-3)  # 1.2e-4 measured, in the norm of the last gradients
 
 
+@pytest.mark.slow
 def test_two_processes_score_the_trajectories_that_one_scores(tmp_path) -> None:
     """pose_pred: whole videos go through the model on all processes, the first writes tables, figures and poses."""
     options: dict[str, Any] = {

@@ -166,6 +166,7 @@ def lines(workdir: Path) -> dict[int, dict[str, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 def test_a_run_of_replicas_survives_a_kill_and_reports_each(run: Path, tmp_path: Path) -> None:
     """Bit-identical to an unbroken one; means, standard errors and every replica's values, which are those of its single run."""
     assert runs.run(tmp_path / "killed", hooks=["kill=7"], seeds=2).code == -9
@@ -201,6 +202,7 @@ def test_a_replica_is_loaded_and_warms_others_up(run: Path) -> None:
         warmed(run, 3)
 
 
+@pytest.mark.slow
 def test_one_run_warms_up_every_replica(tmp_path: Path) -> None:
     assert runs.run(tmp_path, steps=5).code == 0
     small = {"data__size": 8, "task__widths": (4,)}

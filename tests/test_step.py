@@ -57,7 +57,7 @@ def test_window_sums_between_log_points() -> None:
     assert not math.isclose(single[3], single[2])  # begun anew
 
 
-@pytest.mark.parametrize("parts", [2, 4])
+@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_accumulation_is_the_whole_batch(parts: int) -> None:
     # A step of Adam divides by the gradient's own size, which lifts rounding of nearly vanishing gradients: 2e-4 of 3e-3 steps.
     (whole, a), (pieces, b) = steps(tiny.program()), steps(tiny.program(optimizer__accumulate=parts))
@@ -66,7 +66,10 @@ def test_accumulation_is_the_whole_batch(parts: int) -> None:
     assert b["gradient_norm"] == pytest.approx(a["gradient_norm"], rel=1e-3)
 
 
-@pytest.mark.parametrize("data,space,zero", [(8, 1, False), (8, 1, True), (4, 2, False), (2, 4, True)])
+@pytest.mark.parametrize(
+    "data,space,zero",
+    [(8, 1, True), (4, 2, False), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((8, 1, False), (2, 4, True)))],
+)
 def test_eight_devices_are_one_device(data: int, space: int, zero: bool) -> None:
     (one, a), (eight, b) = steps(tiny.program()), steps(tiny.program(data, space, mesh__zero=zero))
     close(one, eight, 1e-3, 5e-4)
