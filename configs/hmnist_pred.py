@@ -45,6 +45,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
     config.experiment = "hmnist_pred"
     config.steps = 10_000
     config.data.update(test_examples=320_000, test_copies=32)
+    config.log.figure_examples = 32
     config.task = {
         "name": "classify",
         "trainable": "head/.*",

@@ -116,7 +116,7 @@ def test_losses_against_float64(arm: str) -> None:
         "equivariance": sum(latent) if arm == "triplets" else latent[0],
         "multiplicity": 0.0 if arm == "autoencoder" else np.sqrt((laplacian**2).sum() + 1e-8) / 8,
     }
-    expected["loss"] = expected["reconstruction"] + 0.5 * expected["equivariance"] + 0.1 * expected["multiplicity"]
+    expected["loss"] = expected["reconstruction"] + task.alpha * expected["equivariance"] + task.beta * expected["multiplicity"]
     found = metrics.values(jax.jit(lambda batch: task.loss(model, batch)[1])(batch))
     for name, number in expected.items():
         assert found[name] == pytest.approx(number, rel=5e-4, abs=1e-7), name  # float32 through an SVD of condition ~1e3
