@@ -27,7 +27,7 @@ def test_scripts_are_sound(script: pathlib.Path) -> None:
     assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines and len(lines) < 300
     linter = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if linter is None:
-        pytest.skip("shellcheck is not installed: pip install -e .[test]")
+        pytest.skip("shellcheck is not installed: pip install -e .[dev]")
     linted = subprocess.run([linter, str(script)], capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout
 
