@@ -130,22 +130,17 @@ def learned_operator(arrays: dict[str, np.ndarray], edge: int) -> dict[str, np.n
     }
 
 
-def predictions(
-    image_BxHxWxC: np.ndarray, probability_BxL: np.ndarray, truth_BxL: np.ndarray, names: Sequence[str] = (), *, count: int = 32
-) -> np.ndarray:
+def predictions(image_BxHxWxC: np.ndarray, probability_BxL: np.ndarray, truth_BxL: np.ndarray, *, count: int = 32) -> np.ndarray:
     """Returns images, below each its most probable class and how probable; where that is wrong, also what it is.
 
     Args:
         image: in [-1, 1] (clipped).
         truth: 1 for the right class, 0 for the others.
-        names: of the classes; their numbers by default.
     """
     count = min(count, len(image_BxHxWxC))
     guess_B, label_B = probability_BxL.argmax(axis=1), truth_BxL.argmax(axis=1)
-    name = lambda number: names[number] if names else str(number)  # noqa: E731
     captions = [
-        f"{name(guess_B[b])}  {100 * probability_BxL[b].max():.0f} %"
-        + (f"  is {name(label_B[b])}" if guess_B[b] != label_B[b] else "")
+        f"{guess_B[b]}  {100 * probability_BxL[b].max():.0f} %" + (f"  is {label_B[b]}" if guess_B[b] != label_B[b] else "")
         for b in range(count)
     ]
     pictures = [panel(canvas.photo(image_HxWxC), 104) for image_HxWxC in image_BxHxWxC[:count]]

@@ -10,13 +10,17 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from configs import hmnist_encode, hmnist_pred
 from niso import metrics, rng, tree
+from niso.config import Experiment
 from niso.errors import UserError
 from niso.geometry import homography
+from niso.models.operator import Unconstrained
 from niso.step import Program
 from niso.tasks import views
 from niso.tasks.autoencode import Autoencode
 from niso.tasks.classify import Classify
+from niso.tasks.regimes import Views, compared
 from tests import digits
 from tests.test_autoencode import polar64
 from tests.test_step import check_golden
@@ -133,9 +137,6 @@ def test_maps_of_the_other_pair_know_the_transformation_only_if_it_is_shared() -
     random = np.random.default_rng(0)
     q_KxK = np.linalg.qr(random.normal(size=(8, 8)))[0]
     first_BxKxC = random.normal(size=(4, 8, 16))
-    from niso.models.operator import Unconstrained
-    from niso.tasks.regimes import Views, compared
-
     orbit = np.stack([first_BxKxC, q_KxK @ first_BxKxC, q_KxK @ q_KxK @ first_BxKxC], axis=1)
     tau = np.stack([polar64(np.einsum("bic,bjc->bij", orbit[:, n + 1], orbit[:, n])) for n in (0, 1)], axis=1)
     seen = Views(jnp.zeros(()), Unconstrained(), jnp.asarray(orbit, jnp.float32), jnp.asarray(tau, jnp.float32))
@@ -277,11 +278,12 @@ def test_images_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"task.transformation=given needs frames of videos"):
         task, model = encode_task("pairs", task__transformation="given")
         task.loss(model, digits.batch())
+    unlabelled = {name: value for name, value in digits.batch().items() if name != "label_B"}
+    with pytest.raises(UserError, match=r"task classify needs labels: choose a data\.dataset that has them"):
+        classify_task()[0].draw(unlabelled, KEY)
 
 
 def test_variants_are_sizes_and_arms() -> None:
-    from configs import hmnist_encode, hmnist_pred
-
     assert hmnist_encode.get_config("small").task == hmnist_encode.get_config("small-triplets").task
     pairs = hmnist_encode.get_config("paper-pairs")
     assert (pairs.task.regime, pairs.task.alpha, pairs.task.beta, pairs.task.widths) == ("pairs", 0.5, 0.1, (128, 256))
@@ -294,10 +296,7 @@ def test_variants_are_sizes_and_arms() -> None:
 
 def test_published_sizes() -> None:
     """Latent grid 20 x 20, d = k = 32, by eval_shape: nothing is computed."""
-    from configs.hmnist_pred import get_config
-    from niso.config import Experiment
-
-    task = Experiment.from_config(get_config()).task
+    task = Experiment.from_config(hmnist_pred.get_config()).task
     assert isinstance(task, Classify) and task.edge == 20
     params = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(params=0))))[1]
     assert params["operator/basis"].shape == (400, 32) and params["encoder/head/kernel"].shape == (256, 32)

@@ -1,6 +1,5 @@
 """data_prep.images: what is cut from pictures of every kind, how they are split, and runs that are broken off or repeated."""
 
-import os
 import pathlib
 import re
 
@@ -11,7 +10,7 @@ from PIL import Image
 from data_prep import image_shard, images, samples, synthetic_images
 from niso.data import records
 from niso.errors import UserError
-from tests.prep_runs import contents, kill_in_the_third_shard
+from tests.prep_runs import check_a_killed_run, contents
 
 SIZE = 4
 # Four quarters of one colour each: what is upright, and what is RGB, shows.
@@ -194,24 +193,10 @@ def test_links_to_folders_above_end(tree, tmp_path):
 # ---- runs ------------------------------------------------------------------------------------------------------------
 
 
-_SLOW_RUN = """
-import json, sys, time
-from data_prep import image_shard, images
-cut = image_shard.cut
-def slowly(*arguments):
-    time.sleep(0.05)
-    return cut(*arguments)
-image_shard.cut = slowly
-images.prepare(sys.argv[1], sys.argv[2], size=4, shards=3, test_fraction=0.3, crops=2, progress=False)
-"""
-
-
 def test_a_killed_run_continues_and_ends_with_the_same_bytes(tree, unbroken, tmp_path):
     out = tmp_path / "out"
-    done = kill_in_the_third_shard(out, _SLOW_RUN, tree, out)
-    images.prepare(tree, out, **EVERYTHING)
-    assert contents(out) == unbroken
-    assert all(os.stat(path).st_mtime_ns == before for path, before in done.items()), "finished shards were made again"
+    arguments = f"{str(tree)!r}, {str(out)!r}, size={SIZE}, shards=3, test_fraction=0.3, crops=2"
+    check_a_killed_run("images", arguments, out, lambda: images.prepare(tree, out, **EVERYTHING), unbroken)
 
 
 def test_several_workers_write_the_same_bytes(tree, unbroken, tmp_path, capsys):

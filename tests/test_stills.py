@@ -226,6 +226,34 @@ def test_labels_stay_with_their_images(labelled, changes):
     assert dataset.bytes_per_example()["device"] == 28 * 28 + 4 * 4
 
 
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_every_copy_of_every_evaluated_image_comes_once(labelled, in_memory):
+    """Numbers tell images apart, whichever the batches; training images are copy 0."""
+    changes = DIGITS | {"in_memory": in_memory, "test_examples": 12, "test_copies": 3}
+    found = []
+    for batch in (4, 5):
+        with pipeline.open_dataset(data(labelled, **changes)).test_batches(batch=batch, rows=slice(None)) as batches:
+            tested = list(batches)
+        assert all(shown_digits(one) == one["item_B"].tolist() for one in tested)
+        counted = [[*zip(one["item_B"][one["weight_B"] > 0], one["copy_B"][one["weight_B"] > 0], strict=True)] for one in tested]
+        found.append([pair for pairs in counted for pair in pairs])
+    assert found[0] == found[1] and len(set(found[0])) == 12
+    items = {item for item, _ in found[0]}
+    assert len(items) == 4 and set(found[0]) == {(item, copy) for item in items for copy in range(3)}
+    for one in train(labelled, batch=5, steps=3, **changes):
+        assert shown_digits(one) == one["item_B"].tolist() and not one["copy_B"].any()
+
+
+def test_copies_that_cannot_be(labelled):
+    def told(**changes) -> str:
+        return message(lambda: pipeline.open_dataset(data(labelled, **DIGITS | changes)))
+
+    assert "each has as many: choose a multiple, and stack=1" in told(test_examples=7, test_copies=2)
+    assert "copies are of single images" in told(test_examples=8, test_copies=2, stack=2)
+    assert "test_examples is 26: there are at most 12 images x 2 copies = 24" in told(test_examples=26, test_copies=2)
+    assert "config.data.test_copies is 0" in told(test_copies=0)
+
+
 def test_a_stack_of_labelled_images_has_no_label(labelled, root):
     changes = DIGITS | {"stack": 2}
     dataset = pipeline.open_dataset(data(labelled, **changes))

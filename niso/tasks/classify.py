@@ -100,6 +100,8 @@ class Classify(Latent):
     def _observed(self, batch: Batch, coefficient_Bx8: Array | None) -> Batch:
         """The batch with what the encoder sees of its images instead of them."""
         image_BxHxWxC = views.images(batch)
+        if "label_B" not in batch:
+            raise UserError("task classify needs labels: choose a data.dataset that has them, such as mnist, and data.stack=1")
         if coefficient_Bx8 is None:
             observation_BxHxWxC = 2.0 * views.padded(image_BxHxWxC, self.size) - 1.0
         else:
