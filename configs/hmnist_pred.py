@@ -69,7 +69,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 def _reduce(config: ConfigDict, size: str) -> None:
     """The same experiment with a number of steps, and of test images, that a CPU can do."""
     quick = size == "quick"
-    config.steps = 1_500 if quick else 3_000
+    config.steps, config.batch = (1_500 if quick else 3_000), 16
     config.task.gram = 32
     config.data.update(test_examples=1_440 if quick else 2_000, test_copies=4 if quick else 1)
     config.log.update(every=100 if quick else 500, evaluate_every=500 if quick else 1_000, figures_every=0)
