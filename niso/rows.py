@@ -16,9 +16,10 @@ from niso.run_files import Run
 NOT_RUN, NOTHING = "not run", "-"
 HEADS = ("classify", "pose")  # tasks that go on from an encoder's run
 # Keys that change how a run is computed or written down, and not what comes out.
-ALIKE = {"seed", "seeds", "task.warm_start", "task.remat", "data.threads", "data.prefetch", "data.workers", "data.in_memory"}
+ALIKE = {"variant", "seed", "seeds", "task.warm_start", "task.remat"}
+ALIKE |= {"data.threads", "data.prefetch", "data.workers", "data.in_memory"}
 ALIKE_SECTIONS = ("log.", "checkpoint.", "mesh.")
-SHOWN = {"variant", "step", "steps", "encoder.step", "encoder.steps"}  # a line says these anyway
+SHOWN = {"step", "steps", "encoder.step", "encoder.steps"}  # a line says these anyway
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,6 +120,13 @@ def test_seeds_of_one_experiment_are_put_together() -> None:
     assert [cell.strip() for cell in row.split("|")[3:-1]] == ["3", "1,400 + 6,000", "2.25", "93.00 ± 2.08", "92.52 ± 0.91"]
 
 
+def test_two_names_of_one_variant_are_one_experiment() -> None:
+    names, error = ("small", "small-triplets"), {"equivariance_error": 4.0}
+    paths = [make(f"runs/{name}", "hmnist_encode", name, error, seed=seed) for seed, name in enumerate(names)]
+    (line,) = only(paths, ERRORS)
+    assert (line.label, line.seeds) == ("NIso (triplets)", 2)
+
+
 def test_replicas_count_as_seeds_and_an_encoder_once() -> None:
     make("runs/e", "hmnist_encode", "small", [{"equivariance_error": 5.0}, {"equivariance_error": 6.0}], seeds=2, hours=1.0)
     source = (("(encoder|operator)/.*", "runs/e"),)
