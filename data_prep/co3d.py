@@ -3,6 +3,7 @@
 Chooses sequences by quality (or from a published list), crops every frame to its centre square, resizes it once, and
 stores it as JPEG with an OpenCV camera-to-world pose and pixel intrinsics.  The unit of work is a shard: a run that was
 killed continues with the shards that are not finished, and a deleted or truncated shard is made again, byte for byte.
+Many machines share the work with --task I/N, and --merge (data_prep/tasks.py).
 """
 
 import argparse
@@ -15,7 +16,7 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 
-from data_prep import co3d_shard, co3d_source, record_folder
+from data_prep import co3d_shard, co3d_source, record_folder, tasks
 from data_prep.co3d_source import Selected
 from niso.data import records
 from niso.errors import UserError
@@ -37,9 +38,11 @@ def prepare(
     size: int = 144,
     workers: int = 1,
     shards: int | None = None,
+    task: str | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> records.Manifest:
-    """Makes what is missing of the records of a CO3Dv2 folder; returns their manifest.
+) -> records.Manifest | None:
+    """Makes what is missing of the records of a CO3Dv2 folder; returns their manifest (None from a task).
 
     Args:
         root: the CO3Dv2 folder, one folder per category in it.
@@ -51,11 +54,14 @@ def prepare(
         size: side of the stored square images in pixels.
         workers: processes; one means this one.
         shards: files per split, at most one per sequence; by default one per 8 sequences, at most 1024.
+        task: "I/N": make one N-th of the shards, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the shards of all tasks, and make the records of them: what one run would have left behind.
         progress: print progress (stderr) and the summary (stdout).
 
     Raises:
         UserError: see the message.
     """
+    share = tasks.parse(task, merge)
     record_folder.check(
         size,
         workers,
@@ -89,8 +95,13 @@ def prepare(
         changed="other sequences are chosen, or the annotations of CO3D_ROOT or the list of splits have changed",
         empty="no usable sequence in split {split} (left out: {reasons}): are the images complete?",
         left_out=dropped,
+        flags={"root": root, "splits": splits},
     )
-    return target.make(co3d_shard.build, lambda pending: _jobs(root, out, size, pending), _summarise, workers, progress)
+
+    def jobs(pending: Plan) -> Iterator[co3d_shard.Job]:
+        return _jobs(root, out, size, pending)
+
+    return tasks.make(target, share, co3d_shard.build, jobs, _summarise, workers, progress)
 
 
 def _fingerprint(root: pathlib.Path, chosen: co3d_source.Splits) -> str:
@@ -145,6 +156,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--size", type=int, default=144, help="side of the stored images in pixels (144)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     parser.add_argument("--shards", type=int, help="files per split (one per 8 sequences, at most 1024)")
+    tasks.add_flags(parser)
     return record_folder.command_line(prepare, parser, argv)
 
 

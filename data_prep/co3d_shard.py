@@ -34,7 +34,7 @@ class UnusableFrameError(Exception):
 
 
 def build(job: Job) -> record_folder.Part:
-    """Makes the shard and its note; depends on nothing but the job and the images, so a second run gives equal bytes.
+    """Makes the shard; depends on nothing but the job and the images, so a second run gives equal bytes.
 
     Sequences keep the job's order; one with fewer than two usable frames is left out (it has no motion).  Holds the
     encoded frames of one sequence and one full-size image at a time.

@@ -175,7 +175,7 @@ def prepare(
 
 
 def build(job: Job) -> record_folder.Part:
-    """Makes the shard and its note; depends on nothing but the job, so a second run on such a machine gives equal bytes."""
+    """Makes the shard; depends on nothing but the job, so a second run on such a machine gives equal bytes."""
     schema = records.still(SIZE, channels=1, labelled=True)
     with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
         for image_NxHxW, label_N in job.blocks:

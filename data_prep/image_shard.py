@@ -31,7 +31,7 @@ class Job:
 
 
 def build(job: Job) -> record_folder.Part:
-    """Makes the shard and its note; depends on nothing but the job and the pictures, so a second run gives equal bytes."""
+    """Makes the shard; depends on nothing but the job and the pictures, so a second run gives equal bytes."""
     left_out: collections.Counter[str] = collections.Counter()
     named = []
     schema = records.still(job.size)

@@ -4,6 +4,7 @@ Any folder tree of pictures (ImageNet for one): each is cut to its centre square
 and resized to `size`.  Where the tree has a folder train/ and one val/ or test/, these are the splits; else pictures are
 dealt to them by a hash of their names, so that more pictures do not move others.  The unit of work is a shard: a run that
 was killed continues with the shards that are not finished, and a deleted or truncated shard is made again, byte for byte.
+Many machines share the work with --task I/N, and --merge (data_prep/tasks.py).
 """
 
 import argparse
@@ -13,7 +14,7 @@ import pathlib
 import sys
 from collections.abc import Iterator
 
-from data_prep import image_shard, record_folder
+from data_prep import image_shard, record_folder, tasks
 from niso.data import records
 from niso.errors import UserError
 
@@ -37,9 +38,11 @@ def prepare(
     seed: int = 0,
     workers: int = 1,
     shards: int | None = None,
+    task: str | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> records.Manifest:
-    """Makes what is missing of the records of a folder of images; returns their manifest.
+) -> records.Manifest | None:
+    """Makes what is missing of the records of a folder of images; returns their manifest (None from a task).
 
     Args:
         root: the folder; whatever is in folders below it counts, but for names that begin with a dot.
@@ -50,11 +53,14 @@ def prepare(
         seed: of the choice of test pictures and of the random squares.
         workers: processes; one means this one.
         shards: files per split, at most one per picture; by default one per 4,000 records, at most 1024.
+        task: "I/N": make one N-th of the shards, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the shards of all tasks, and make the records of them: what one run would have left behind.
         progress: print progress (stderr) and the summary (stdout).
 
     Raises:
         UserError: see the message.
     """
+    share = tasks.parse(task, merge)
     fraction = _TEST_FRACTION if test_fraction is None else test_fraction
     record_folder.check(
         size,
@@ -83,13 +89,14 @@ def prepare(
         units="images",
         changed=f"{root} has other pictures than then",
         empty="no usable image in split {split} (left out: {reasons}): are these pictures?",
+        flags={"root": root},
     )
 
     def jobs(pending: record_folder.Plan[str]) -> Iterator[image_shard.Job]:
         for file, pictures in pending.items():
             yield image_shard.Job(str(root), str(out), file, size, crops, seed, pictures)
 
-    return target.make(image_shard.build, jobs, _summarise, workers, progress)
+    return tasks.make(target, share, image_shard.build, jobs, _summarise, workers, progress)
 
 
 def choose(root: pathlib.Path, test_fraction: float | None, seed: int) -> tuple[Splits, bool]:
@@ -179,6 +186,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the split and of the random squares (0)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     parser.add_argument("--shards", type=int, help="files per split (one per 4,000 records, at most 1024)")
+    tasks.add_flags(parser)
     return record_folder.command_line(prepare, parser, argv)
 
 

@@ -143,7 +143,7 @@ def _check(images: pathlib.Path, image_NxHxW: np.ndarray, labels: pathlib.Path, 
 
 
 def build(job: Job) -> record_folder.Part:
-    """Makes the shard and its note; depends on nothing but the job, so a second run gives equal bytes."""
+    """Makes the shard; depends on nothing but the job, so a second run gives equal bytes."""
     schema = records.still(SIZE, channels=1, labelled=True)
     with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
         for image_HxW, label in zip(job.image_NxHxW, job.label_N.astype(np.int64), strict=True):

@@ -1,20 +1,27 @@
-"""A folder of records, made shard by shard, by a run that may be killed at any moment.
+"""A folder of records, made shard by shard, by a run that may be killed at any moment, or by many (data_prep/tasks.py).
 
-`parts/options.json` says what the folder was begun with.  `parts/<shard>.json` is written after the shard has its final
-name, so a shard with a note of its size is complete; the indices come after all shards, the manifest last of all.
+`parts/options.json` says what the folder was begun with.  `parts/<shard>.json` (data_prep/parts.py) follows every shard that is
+complete; the indices come after all shards, the manifest last of all.
 """
 
 import argparse
 import collections
 import dataclasses
+import functools
+import hashlib
+import json
 import pathlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from data_prep import parts as shard_parts
 from data_prep import pool
+from data_prep.parts import Part, note
 from niso.data import records
 from niso.errors import UserError
+
+__all__ = ["Folder", "Kept", "Part", "Plan", "Rule", "blame_the_disk", "check", "command_line", "deal", "note"]
 
 _MOST_SHARDS = 1024
 
@@ -24,16 +31,6 @@ J = TypeVar("J")
 Plan = dict[str, tuple[W, ...]]
 Kept = dict[str, list[records.Sequence]]
 Rule = tuple[str, Any, bool, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Part:
-    """A finished shard: its manifest entry, its sequences, what was left out per reason, and files that users want named."""
-
-    shard: records.Shard
-    sequences: tuple[records.Sequence, ...]
-    left_out: dict[str, int]
-    named: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +46,7 @@ class Folder(Generic[W]):
         changed: What another "source" means to the user.
         empty: The error when nothing of a split is usable, with {split} and {reasons}.
         left_out: What was dropped before any shard, per reason.
+        flags: Those of the command line that are not among the options, or are told in other words there.
     """
 
     out: pathlib.Path
@@ -59,6 +57,7 @@ class Folder(Generic[W]):
     changed: str
     empty: str
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
+    flags: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def make(
         self,
@@ -80,33 +79,62 @@ class Folder(Generic[W]):
         Raises:
             UserError: the folder was begun with other options or cannot be written, or a split has nothing usable.
         """
-        self._claim()
-        shards = {file: part for of_split in self.plan.values() for file, part in of_split.items()}
-        pending = {file: part for file, part in shards.items() if finished(self.out, file) is None}
-        indices = [f"index-{split}.json" for split in self.plan]
-        if not pending and all((self.out / name).exists() for name in ["manifest.json", *indices]):
-            if progress:
-                print(f"{self.out}: nothing to do, the records are complete")
+        self.claim()
+        pending = self.pending(self.files)
+        if not pending and self.is_finished(progress):
             return records.Manifest.read(self.out)
+        self.make_shards(pending, build, jobs, workers, progress)
+        return self.finish({file: part for file in self.files if (part := self._find(file))}, summarise if progress else None)
+
+    @functools.cached_property
+    def files(self) -> list[str]:
+        """The shards of all splits."""
+        return [file for of_split in self.plan.values() for file in of_split]
+
+    def pending(self, files: Sequence[str]) -> Plan[W]:
+        """Those of the shards that are to be made."""
+        items = {file: items for of_split in self.plan.values() for file, items in of_split.items()}
+        return {file: items[file] for file in files if self._find(file) is None}
+
+    def is_finished(self, progress: bool) -> bool:
+        """Whether a run has come to its end here; says so."""
+        names = ["manifest.json", *(f"index-{split}.json" for split in self.plan)]
+        finished = all((self.out / name).exists() for name in names)
+        if finished and progress:
+            print(f"{self.out}: nothing to do, the records are complete")
+        return finished
+
+    def make_shards(
+        self,
+        pending: Plan[W],
+        build: Callable[[J], Part],
+        jobs: Callable[[Plan[W]], Iterable[J]],
+        workers: int,
+        progress: bool,
+    ) -> None:
+        """Makes these shards and their notes; the arguments are those of `make`."""
         bar = pool.Progress(len(pending), self.units)
-        for part in pool.run(build, jobs(pending), workers):
+        for part in pool.run(functools.partial(shard_parts.make, build, self.out, self.settings), jobs(pending), workers):
             if progress:
                 bar.add(part.shard.records)
-        return self._finish(summarise if progress else None)
 
-    def _claim(self) -> None:
+    def claim(self) -> None:
         """Notes the options in a new folder; refuses a folder that was begun with others."""
-        path = self.out / "parts" / "options.json"
-        if not path.exists():
+        if not self._begun.exists():
             if (self.out / "manifest.json").exists():
                 raise UserError(f"{self.out} holds records that were not made by this program: choose another --out")
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
+                self._begun.parent.mkdir(parents=True, exist_ok=True)
             except OSError as error:
-                raise UserError(f"cannot make the folder {path.parent}: {error.strerror}; choose another --out") from error
-            records.write_json(path, self.options)
-            return
-        before = records.read_json(path)
+                raise UserError(f"cannot make the folder {self._begun.parent}: {error.strerror}; choose another --out") from error
+            records.write_json(self._begun, self.options)
+        self.is_begun()  # another task may have begun it in the same moment
+
+    def is_begun(self) -> bool:
+        """Whether there is such a folder; UserError if it was begun with other options."""
+        if not self._begun.exists():
+            return False
+        before = records.read_json(self._begun)
         differing = [
             f"{name} {before.get(name)} then, {value} now"
             for name, value in self.options.items()
@@ -116,13 +144,26 @@ class Folder(Generic[W]):
             differing = [self.changed]
         if differing:
             raise UserError(f"{self.out} was begun with other options ({'; '.join(differing)}): use the same, or another --out")
+        return True
 
-    def _finish(self, summarise: Callable[[Kept], None] | None) -> records.Manifest:
+    @property
+    def _begun(self) -> pathlib.Path:
+        return self.out / "parts" / "options.json"
+
+    @functools.cached_property
+    def settings(self) -> str:
+        """Changes with the options, and with what is read."""
+        return hashlib.sha256(json.dumps([self.dataset, self.options], sort_keys=True).encode()).hexdigest()[:16]
+
+    def _find(self, file: str) -> Part | None:
+        return shard_parts.find(self.out, file, self.settings)[0]
+
+    def finish(self, made: Mapping[str, Part], summarise: Callable[[Kept], None] | None) -> records.Manifest:
         """Writes the indices and, last of all, the manifest; removes what killed runs left half-written."""
         left_out, splits, kept = collections.Counter(self.left_out), {}, {}
         named: list[str] = []
         for split, files in self.plan.items():
-            parts = [part for file in files if (part := finished(self.out, file))]
+            parts = [made[file] for file in files if file in made]
             if len(parts) < len(files):
                 raise UserError(f"{self.out}: shards vanished while they were made: run the same command again")
             splits[split] = tuple(part.shard for part in parts)
@@ -147,38 +188,8 @@ class Folder(Generic[W]):
         size = self.options["size"]
         manifest = records.Manifest(records.FORMAT, self.dataset, size, self.options, splits, dict(left_out))
         manifest.write(self.out)
+        shard_parts.shared(self.out).unlink(missing_ok=True)
         return manifest
-
-
-def _note(out: str | pathlib.Path, file: str) -> pathlib.Path:
-    return pathlib.Path(out, "parts", f"{file}.json")
-
-
-def finished(out: str | pathlib.Path, file: str) -> Part | None:
-    """The part if the shard is complete: its note exists and its size is the one noted."""
-    note, shard = _note(out, file), pathlib.Path(out, file)
-    if not note.exists() or not shard.exists():
-        return None
-    value = records.read_json(note)
-    try:
-        part = Part(
-            records.Shard(**value["shard"]),
-            tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
-            value["left_out"],
-            tuple(value.get("named", ())),
-        )
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
-    return part if shard.stat().st_size == part.shard.bytes else None
-
-
-def note(
-    writer: records.ShardWriter, sequences: Sequence[records.Sequence], left_out: dict[str, int], named: Sequence[str] = ()
-) -> Part:
-    """Writes the note that says that the shard of this closed writer is done, and returns it."""
-    part = Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named))
-    records.write_json(_note(writer.path.parent, writer.path.name), dataclasses.asdict(part))
-    return part
 
 
 def blame_the_disk(path: pathlib.Path, error: Exception) -> None:

@@ -8,6 +8,9 @@ import sys
 import time
 from collections.abc import Callable
 
+import numpy as np
+from PIL import Image
+
 _REPO = pathlib.Path(__file__).parents[1]
 _SLOWLY = """
 import sys, time
@@ -20,6 +23,16 @@ def slowly(*arguments):
 records.encode = slowly
 {module}.prepare({arguments}, progress=False)
 """
+
+
+def noisy_pictures(root: pathlib.Path) -> pathlib.Path:
+    """Forty of them in folders within folders; returns root."""
+    rng = np.random.default_rng(0)
+    for n in range(40):
+        path = root / f"class {n % 3}" / ("deep" if n % 2 else "") / f"{n}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (12 + n % 5, 14, 3), np.uint8)).save(path)
+    return root
 
 
 def contents(out: pathlib.Path) -> dict[str, bytes]:

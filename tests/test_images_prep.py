@@ -10,7 +10,7 @@ from PIL import Image
 from data_prep import image_shard, images, samples, synthetic_images
 from niso.data import records
 from niso.errors import UserError
-from tests.prep_runs import check_a_killed_run, contents
+from tests.prep_runs import check_a_killed_run, contents, noisy_pictures
 
 SIZE = 4
 # Four quarters of one colour each: what is upright, and what is RGB, shows.
@@ -67,14 +67,7 @@ def write_odd(root: pathlib.Path) -> dict[str, np.ndarray | None]:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory) -> pathlib.Path:
-    """Forty noisy pictures in folders within folders."""
-    root = tmp_path_factory.mktemp("images") / "tree"
-    rng = np.random.default_rng(0)
-    for n in range(40):
-        path = root / f"class {n % 3}" / ("deep" if n % 2 else "") / f"{n}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (12 + n % 5, 14, 3), np.uint8)).save(path)
-    return root
+    return noisy_pictures(tmp_path_factory.mktemp("images") / "tree")
 
 
 EVERYTHING = {"size": SIZE, "shards": 3, "test_fraction": 0.3, "crops": 2, "progress": False}

@@ -52,8 +52,8 @@ def still(size: int, channels: int = 3, labelled: bool = False) -> Schema:
 
 
 def temporary(path: pathlib.Path) -> pathlib.Path:
-    """The name a file has while it is being written: hidden, beside its final place, one per process."""
-    return path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    """The name a file has while it is being written: hidden, beside its final place, another for every writer on any machine."""
+    return path.with_name(f".{path.name}.tmp-{os.urandom(8).hex()}")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:

@@ -96,6 +96,10 @@ def check_records(root: pathlib.Path, name: str, row: datasets.Dataset, size: in
     """
     make = f"{row.command} {root}" + ("" if row.size else f" --size {size}")
     if not (root / "manifest.json").is_file():
+        if (root / "parts" / "tasks.json").is_file():  # of data_prep/tasks.py
+            raise UserError(
+                f"the records in {root} are not merged yet: run the command of their tasks with --merge in place of --task"
+            )
         raise UserError(f"no records in {root}: make them with `{make}`, {row.quick}")
     manifest = records.Manifest.read(root)
     if manifest.dataset != name:

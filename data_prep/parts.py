@@ -1,0 +1,97 @@
+"""Finished shards and their notes, `parts/<shard>.json`.
+
+A note is written after its shard has the final name, so a shard of the size that its note says is complete, whatever was
+killed when, and on whichever machine.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from niso.data import records
+from niso.errors import UserError
+
+MISSING = "is missing"
+
+J = TypeVar("J")
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A finished shard: its manifest entry, its sequences, what was left out per reason, and files that users want named."""
+
+    shard: records.Shard
+    sequences: tuple[records.Sequence, ...]
+    left_out: dict[str, int]
+    named: tuple[str, ...] = ()
+
+
+def note(
+    writer: records.ShardWriter, sequences: Sequence[records.Sequence], left_out: dict[str, int], named: Sequence[str] = ()
+) -> Part:
+    """What is to be noted of the shard of this closed writer: a builder's result, see `make`."""
+    return Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named))
+
+
+def make(build: Callable[[J], Part], out: pathlib.Path, settings: str, job: J) -> Part:
+    """Makes one shard in the folder `out` and then its note, which says that it is done, and under which settings."""
+    part = build(job)
+    records.write_json(_note(out, part.shard.file), dataclasses.asdict(part) | {"settings": settings})
+    return part
+
+
+def find(out: pathlib.Path, file: str, settings: str) -> tuple[Part | None, str]:
+    """The part if that shard is there, under these settings and of its size; else None, and what is wrong with the shard."""
+    note, shard = _note(out, file), out / file
+    if not note.exists() or not shard.exists():
+        return None, MISSING
+    value = records.read_json(note)
+    try:
+        part = Part(
+            records.Shard(**value["shard"]),
+            tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
+            value["left_out"],
+            tuple(value.get("named", ())),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
+    if value.get("settings", settings) != settings:  # notes of earlier versions have none
+        return None, "was made with other options"
+    size = shard.stat().st_size
+    if size != part.shard.bytes:
+        return None, f"has {size} bytes, it was made with {part.shard.bytes}"
+    return part, ""
+
+
+def verify(out: pathlib.Path, settings: str, file: str) -> tuple[Part | None, str]:
+    """As `find`, but reads the whole shard for its checksum, and counts its records.
+
+    A note that is proven wrong is deleted, so that the next run that is to make the shard does make it.
+    """
+    part, wrong = find(out, file, settings)
+    if part is None:
+        return None, wrong
+    counted = sum(sequence.length for sequence in part.sequences)
+    if (part.shard.file, part.shard.records) != (file, counted):
+        wrong = f"has a note on {part.shard.records} records of {part.shard.file}, with sequences of {counted}"
+    else:
+        try:
+            found = records.describe_shard(out / file, counted)
+        except OSError as error:  # the disk's fault, not the note's
+            return None, f"cannot be read ({error.strerror})"
+        if found != part.shard:
+            wrong = "is not what was made: its checksum is another"
+    if wrong:
+        _note(out, file).unlink(missing_ok=True)
+        return None, wrong
+    return part, ""
+
+
+def shared(out: pathlib.Path) -> pathlib.Path:
+    """The file that says that tasks make a folder (data_prep/tasks.py); niso.data.stream looks for it."""
+    return out / "parts" / "tasks.json"
+
+
+def _note(out: pathlib.Path, file: str) -> pathlib.Path:
+    return out / "parts" / f"{file}.json"
