@@ -55,6 +55,13 @@ def test_a_slurm_job_whose_time_is_over_is_queued_again(tmp_path, environment, j
     assert (tmp_path / "ended").exists()
 
 
+def test_a_signal_at_once_is_not_lost(tmp_path) -> None:
+    """Where the program runs already, but the script does not yet know its number."""
+    program = f'trap "touch {tmp_path}/ended; exit 143" TERM\nkill -TERM $PPID\nwhile true; do sleep 0.05; done'
+    assert runs.end(submit(tmp_path, program, **ARRAY), 20).code == 143
+    assert (tmp_path / "ended").exists() and (tmp_path / "scontrol").read_text() == "requeue 70_3\n"
+
+
 def test_slurm_is_told_how_to_end_it(tmp_path) -> None:
     lines = (LAUNCH / "prepare.sbatch").read_text().splitlines()
     given = dict(line.split()[1].removeprefix("--").partition("=")[::2] for line in lines if line.startswith("#SBATCH"))
