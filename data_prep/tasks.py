@@ -3,8 +3,8 @@
 `parts/tasks.json` says among how many tasks a folder is shared, until they are merged.  Tasks need nothing of each other but the
 folder, which all of them see: they may run at once, one after the other, and again.
 
-Not for data_prep.mnist, which takes seconds, nor data_prep.homnist, which takes minutes and whose pixels are a machine's own: the
-rounding of its arithmetic is in them.
+Not for data_prep.mnist, which takes seconds, nor data_prep.homnist, which takes a minute or two and whose pixels are a machine's
+own: the rounding of its arithmetic is in them.
 """
 
 import argparse
