@@ -202,19 +202,21 @@ def test_slurm_job(tmp_path) -> None:
     executable(programs / "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
     path = f"{programs}:{os.environ['PATH']}"
     environment = {"PATH": path, "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "8", "ENVIRONMENT": str(tmp_path)}
-    job = shell("bash", "launch/slurm.sbatch", "--config=configs/pose_encode.py", **environment)
-    until(tmp_path / "srun")
-    time.sleep(0.2)  # until it has its trap
-    job.send_signal(signal.SIGTERM)
-    assert runs.end(job, 20).code == 42
-    assert (tmp_path / "scontrol").read_text() == "requeue 77\n"
-    line = "--kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 python -m niso.main --config=configs/pose_encode.py\n"
-    assert (tmp_path / "srun").read_text() == line
+    for array in ({}, {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "7"}):
+        job = shell("bash", "launch/slurm.sbatch", "--config=configs/pose_encode.py", **environment, **array)
+        until(tmp_path / "srun")
+        time.sleep(0.2)  # until it has its trap
+        job.send_signal(signal.SIGTERM)
+        assert runs.end(job, 20).code == 42
+        line = "--kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 python -m niso.main --config=configs/pose_encode.py\n"
+        assert (tmp_path / "srun").read_text() == line
+        (tmp_path / "srun").unlink()
+    assert (tmp_path / "scontrol").read_text() == "requeue 77\nrequeue 70_7\n"
 
     executable(programs / "srun", f'#!/bin/sh\necho "$@" > {tmp_path}/srun\n')
-    job = shell("bash", "launch/slurm.sbatch", "sweep", "--config=a.py", **environment, SLURM_ARRAY_TASK_ID="3")
+    job = shell("bash", "launch/slurm.sbatch", "sweep", "--config=a.py", **environment, **array)
     assert runs.end(job).code == 0
-    assert (tmp_path / "srun").read_text().endswith("python -m launch.sweep --index 3 --config=a.py\n")
+    assert (tmp_path / "srun").read_text().endswith("python -m launch.sweep --index 7 --config=a.py\n")
     elsewhere = runs.end(shell("bash", str(LAUNCH / "slurm.sbatch"), cwd=tmp_path, **environment))
     assert elsewhere.code == 2 and "is not niso's folder; submit from there" in elsewhere.err
 

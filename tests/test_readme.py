@@ -61,7 +61,7 @@ NOT_RUN = {
     "--config.seed=1": "the line before it with another key, whose effect tests/test_step.py knows",
     "--config.task.operator=False": "the same; tests/test_autoencode.py trains so",
     "--config.task.dtype=bfloat16": "the same; tests/test_autoencode.py trains so",
-    "sbatch": "needs Slurm; tests/test_launch.py runs the script with stand-ins",
+    "sbatch": "needs Slurm; tests/test_launch.py and test_prep_launch.py run the scripts with stand-ins",
     "export TPU": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
     "launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
     "docker build": "needs a registry; tests/test_manifests.py reads the manifest",
