@@ -56,6 +56,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "threads": 2,
         "prefetch": 8,
         "workers": 0,
+        "unreadable": "fatal",
     }
     config.task = {
         "name": "autoencode",

@@ -47,6 +47,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "threads": 8,
         "prefetch": 8,
         "workers": 0,
+        "unreadable": "fatal",
     }
     config.task = {
         "name": "autoencode",

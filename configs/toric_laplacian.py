@@ -55,6 +55,7 @@ def operator_config(experiment: str, domain: str, variant: str) -> ConfigDict:
         "threads": 2,
         "prefetch": 8,
         "workers": 0,
+        "unreadable": "fatal",
     }
     config.task = {
         "name": "laplacian",

@@ -7,3 +7,7 @@ class UserError(Exception):
     The command-line programs print its message alone and leave with exit code 2; every other exception is a defect of
     niso and keeps its traceback.
     """
+
+
+class RecordError(UserError):
+    """One record cannot be read, parsed or decoded; those beside it may be."""

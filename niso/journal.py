@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 from niso import evaluate, figures, poses, sequences, trajectories, trajectory_figure, tree
 from niso.config import flat
@@ -54,7 +55,19 @@ class Journal:
     def log(self, step: int, values: list[dict[str, float]]) -> None:
         """Writes the training metrics of the window that ends at `step`, one dict for each replica."""
         means, _ = self._write(step, "train", values, {"learning_rate": self.program.learning_rate(step)})
-        self.telemetry.progress(step, {name: value for name, value in means.items() if name != "gradient_norm"})
+        counts, replicas = {}, self.program.replicas
+        if self.dataset.replaced is not None:
+            of = replicas.count * self.program.experiment.batch
+            counts["data/skipped"] = self._everywhere(self.dataset.replaced, len(replicas.local()) * len(self.rows), of)
+        self.telemetry.progress(step, {name: value for name, value in means.items() if name != "gradient_norm"}, counts)
+
+    def _everywhere(self, examples: int, read: int, of: int) -> int:
+        """How many examples there were in all processes, each counted once, where a process reads `read` of every `of` of them.
+
+        Processes between which examples are split by rows read the same ones.  All of them call this.
+        """
+        all_Px2 = multihost_utils.process_allgather(np.array([examples, read], np.int32)).reshape(-1, 2)
+        return round(of * int(all_Px2[:, 0].sum()) / int(all_Px2[:, 1].sum()))
 
     def evaluate(self, step: int, state: TrainState) -> None:
         """Evaluates the whole test split and, where they are due, draws figures."""
@@ -62,6 +75,11 @@ class Journal:
         with self.telemetry.aside():
             with self.dataset.test_batches(batch=e.batch, rows=self.rows) as batches:
                 values = evaluate.evaluate(self.program, state, batches)
+            if self.dataset.replaced is not None:
+                left_out = self._everywhere(batches.replaced, len(self.rows), e.batch)
+                if left_out:
+                    lost = f"{left_out} of {self.dataset.test_size} test examples cannot be read and are left out"
+                    self.telemetry.say(f"evaluation at step {step}: {lost}")
             examined = jax.device_get(self.program.examine(state))
             for index, of_one in enumerate(values):
                 of_one |= self.program.task.examine(self.program.replicas.pick(examined, index))

@@ -3,6 +3,7 @@
 import numpy as np
 
 from niso.data.pipeline import PairDataset
+from niso.errors import RecordError
 from niso.geometry import camera, trajectory
 from niso.inference import Model
 from niso.poses import Sequence, Stride, frames_of
@@ -16,12 +17,18 @@ def estimate(
 ) -> dict[int, Stride]:
     """True and estimated camera-to-world poses of every test video at every stride, for `trajectories.score_all`.
 
+    With data.unreadable=skip a video with a frame that cannot be read is said and left out.
+
     Args:
       limit: frames of a video that count, from its first. motions: what `mean_motions` found.
     """
     found: dict[int, list[Sequence]] = {stride: [] for stride in strides}
     for index, sequence in enumerate(dataset.sequences("test")):
-        frames_TxHxWxC, truth_Tx4x4 = dataset.read_sequence("test", index, slice(0, limit))
+        try:
+            frames_TxHxWxC, truth_Tx4x4 = dataset.read_sequence("test", index, slice(0, limit))
+        except RecordError as error:
+            dataset.leave_out("test", index, error)
+            continue
         relatives = model.relative_poses(model.encode(frames_TxHxWxC), strides)
         for stride, relative_Px4x4 in relatives.items():
             chosen_Nx4x4 = truth_Tx4x4[frames_of(len(truth_Tx4x4), stride, limit)]

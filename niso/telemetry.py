@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -228,8 +229,8 @@ class Telemetry:
         if self._profile is not None:
             self._profile(step)
 
-    def progress(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Prints the line of a log point, and writes its speeds and the device hours under time/.
+    def progress(self, step: int, metrics: Mapping[str, float], counts: Mapping[str, int] = MappingProxyType({})) -> None:
+        """Prints the line of a log point, and writes its speeds and the device hours under time/, and `counts`.
 
         They go to the event file, and not to metrics.jsonl, which holds what a rerun reproduces.
         """
@@ -237,7 +238,8 @@ class Telemetry:
             return
         line = f"step {step:>{len(str(self._steps))}}/{self._steps} {f'({100 * step // self._steps} %)':<7}"
         line = f"{line} {format_metrics(metrics)}".rstrip()
-        times = self._hours.write(self._last_step)
+        line += "".join(f"  {name} {count}" for name, count in counts.items() if count)
+        times = self._hours.write(self._last_step) | dict(counts)
         rate = self._timer.window()
         if rate is not None:
             steps_per_second, share = rate

@@ -246,7 +246,7 @@ def test_mistakes_on_the_command_line(mnist, tmp_path, capsys):
 def section(mnist: pathlib.Path, test_records: object, **changes: object) -> stills.Stills:
     toy = stills.Stills(
         dataset="mnist", records=str(mnist), twin="", size=28, stack=1, test_examples=COUNT, test_copies=1,
-        test_records=str(test_records), in_memory=False, threads=2, prefetch=2, workers=0,
+        test_records=str(test_records), in_memory=False, threads=2, prefetch=2, workers=0, unreadable="fatal",
     )  # fmt: skip
     return dataclasses.replace(toy, **changes)
 

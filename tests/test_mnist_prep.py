@@ -93,7 +93,7 @@ def test_the_files_of_mnist(tmp_path):
     mnist.prepare(_REAL, tmp_path / "out", progress=False)
     section = stills.Stills(
         dataset="mnist", records=str(tmp_path / "out"), twin="", size=28, stack=1, test_examples=10_000, test_copies=1,
-        test_records="", in_memory=False, threads=2, prefetch=2, workers=0,
+        test_records="", in_memory=False, threads=2, prefetch=2, workers=0, unreadable="fatal",
     )  # fmt: skip
     dataset = pipeline.open_dataset(section)
     assert (dataset.train_size, dataset.test_size) == (60_000, 10_000)
@@ -240,6 +240,7 @@ def test_the_twin_streams_and_every_twin_is_the_same(monkeypatch, tmp_path):
         threads=2,
         prefetch=2,
         workers=0,
+        unreadable="fatal",
     )
     dataset = pipeline.open_dataset(section)
     assert (dataset.train_size, dataset.test_size) == (1437, 360)

@@ -220,6 +220,8 @@ class _Silent:
 class _Batches:
     """A dataset of empty batches."""
 
+    replaced = None
+
     def train_batches(self, **options: Any) -> "_Batches":
         return self
 

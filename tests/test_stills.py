@@ -81,7 +81,7 @@ def root(tmp_path_factory) -> str:
 def data(root: str, **changes) -> stills.Stills:
     toy = stills.Stills(
         dataset="images", records=root, twin="", size=SIZE, stack=STACK, test_examples=7, test_copies=1, test_records="",
-        in_memory=False, threads=2, prefetch=4, workers=0,
+        in_memory=False, threads=2, prefetch=4, workers=0, unreadable="fatal",
     )  # fmt: skip
     return dataclasses.replace(toy, **changes)
 

@@ -78,7 +78,7 @@ def write_records(root: pathlib.Path, splits: dict[str, tuple[int, ...]], size: 
 def data(root: str, **changes) -> pipeline.Data:
     toy = pipeline.Data(
         dataset="co3d", records=root, twin="", size=SIZE, views=2, poses=False, max_skip=3, test_skips=SKIPS, test_every=1,
-        threads=2, prefetch=4, workers=0,
+        threads=2, prefetch=4, workers=0, unreadable="fatal",
     )  # fmt: skip
     return dataclasses.replace(toy, **changes)
 

@@ -11,7 +11,7 @@ from niso.data.split import Split, describe
 from niso.data.stills import Stills
 from niso.data.stream import Batch, Batches, Examples, Opened, Rows, Source, find_records
 from niso.data.windows import Windows
-from niso.errors import UserError
+from niso.errors import RecordError, UserError
 
 __all__ = ["Batch", "Batches", "Data", "Examples", "PairDataset", "Rows", "Source", "Stills", "kind_of", "open_dataset"]
 
@@ -64,8 +64,8 @@ class Data(Source["PairDataset"]):
         schema = row.schema(self.size)
         return PairDataset(
             self,
-            train=Split.open(root, train, schema, range(self.max_skip + 1), self.views, self.poses),
-            test=Split.open(root, test, schema, skips, self.views, self.poses),
+            train=Split.open(root, train, schema, range(self.max_skip + 1), self.views, self.poses, self.unreadable),
+            test=Split.open(root, test, schema, skips, self.views, self.poses, self.unreadable),
         )
 
 
@@ -80,7 +80,7 @@ class PairDataset(Examples):
 
     def __init__(self, data: Data, train: Split, test: Split):
         evaluated = range(0, test.windows.size, data.test_every)
-        super().__init__(data, train.fetch, test.fetch, items=train.windows.size, stack=1, listed=False, evaluated=evaluated)
+        super().__init__(data, train, test, items=train.windows.size, stack=1, listed=False, evaluated=evaluated)
         self._train, self._test = train, test
 
     def figure_batch(self, count: int, train: bool = False) -> Batch:
@@ -91,7 +91,7 @@ class PairDataset(Examples):
         # Example n of count lies at the fraction (n + 1/2) / count of the examples of its skip.
         takes = [(by_skip[n % len(by_skip)], (2 * n + 1) / (2 * count)) for n in range(count)]
         where_3xB = np.concatenate([one.locate(np.array([int(at * one.size)])) for one, at in takes], axis=1)
-        return split.batch(where_3xB, np.ones(count))
+        return split.fetch(windows.number(where_3xB)[:, None], np.ones(count))[0]
 
     def bytes_per_example(self, count: int = 64) -> dict[str, float]:
         """Mean bytes per training example: "disk" (its records as stored), "device" (its share of a batch), "reference".
@@ -99,11 +99,9 @@ class PairDataset(Examples):
         The first is measured by reading `count` examples spread over the split; the last is what the published
         implementation moves.
         """
-        train, disk = self._train, 0
-        where_3xN = train.windows.locate(np.linspace(0, self.train_size - 1, count).astype(np.int64))
-        for sequence, start, skip in where_3xN.T.tolist():
-            found = train.read(sequence, train.windows.frames(start, skip), train.schema)
-            disk += sum(len(records.encode(example, train.schema)) for _, example in found)
+        disk = 0
+        for item in np.linspace(0, self.train_size - 1, count).astype(np.int64).tolist():
+            disk += self._train.reading.read(item, self.train_size, self._train.stored_bytes, self._train.name)[1]
         device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.batch_shapes(1).values())
         return {"disk": disk / count, "device": float(device), "reference": float(REFERENCE_BYTES)}
 
@@ -117,7 +115,8 @@ class PairDataset(Examples):
         Poses are the records' own, OpenCV camera-to-world, whether or not batches have poses.
 
         Raises:
-            UserError: a record is damaged, or a pose is not finite.
+            RecordError: a record is damaged, or a pose is not finite, whatever data.unreadable says.
+            UserError: a shard is missing or truncated.
             IndexError: no such sequence or frame: a defect of the caller.
         """
         return self._split(split).read_sequence(index, slice(None) if frames is None else frames, self.data.threads)
@@ -125,12 +124,24 @@ class PairDataset(Examples):
     def poses(self, split: str, at_most: int | None = None) -> list[np.ndarray]:
         """pose_Tx4x4 float64 of every sequence of a split, or of `at_most` evenly spread ones; decodes no picture.
 
+        With data.unreadable=skip, sequences with a damaged record or a pose that is not finite are left out.
+
         Raises:
             UserError: a record is damaged, or a pose is not finite.
         """
-        chosen = self._split(split)  # one thread: parsing holds the interpreter, more take longer
+        chosen, found = self._split(split), []  # one thread: parsing holds the interpreter, more take longer
         count = len(chosen.reader.sequences)
-        return [chosen.poses(int(index)) for index in np.linspace(0, count - 1, min(count, at_most or count))]
+        for index in np.linspace(0, count - 1, min(count, at_most or count)).astype(int).tolist():
+            try:
+                found.append(chosen.poses(index))
+            except RecordError as error:
+                self.leave_out(split, index, error)
+        return found
+
+    def leave_out(self, split: str, index: int, error: RecordError) -> None:
+        """Says that a sequence is left out because of `error`; raises that, unless data.unreadable is "skip"."""
+        chosen = self._split(split)
+        chosen.reading.leave_out(error, f"sequence {chosen.reader.sequences[index].name}")
 
     def _split(self, name: str) -> Split:
         return {"train": self._train, "test": self._test}[name]

@@ -19,7 +19,7 @@ from typing import Any
 from array_record.python import array_record_module
 
 from niso.data.example import Example, Field, Schema, Value, decode, encode
-from niso.errors import UserError
+from niso.errors import RecordError, UserError
 
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
@@ -253,7 +253,7 @@ class Reader:
         With a schema, these entries of them instead of the reader's own.
 
         Raises:
-            UserError: the shard is missing, truncated or damaged.
+            UserError: the shard is missing or truncated; RecordError: one of these records is damaged.
             IndexError: no such record: a defect of the caller.
         """
         numbers = [int(number) for number in records]
@@ -267,7 +267,7 @@ class Reader:
         try:
             return decode(file.read([number])[0], schema)
         except (RuntimeError, ValueError) as error:  # array_record's errors name no file
-            raise UserError(f"{self.root / shard}: record {number} is damaged ({error}); {_REPAIR}") from error
+            raise RecordError(f"{self.root / shard}: record {number} is damaged ({error}); {_REPAIR}") from error
 
     def _file(self, shard: str) -> Any:
         """The open shard; two threads that miss at once are served one after the other."""

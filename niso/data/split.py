@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import cast
@@ -9,9 +10,10 @@ from typing import cast
 import numpy as np
 
 from niso.data import records, transforms
+from niso.data.reading import Reading
 from niso.data.stream import Batch
 from niso.data.windows import Windows, frames_needed
-from niso.errors import UserError
+from niso.errors import RecordError, UserError
 from niso.geometry import camera
 
 Read = tuple[str, records.Example]  # what errors call a record, and the record
@@ -33,15 +35,19 @@ class Split:
         schema: All entries of a record.
         windows: The examples.
         size: Edge of the pictures in pixels.
+        reading: What is done about windows that cannot be read.
     """
 
     reader: records.Reader
     schema: records.Schema
     windows: Windows
     size: int
+    reading: Reading
 
     @classmethod
-    def open(cls, root: pathlib.Path, name: str, schema: records.Schema, skips: Sequence[int], views: int, poses: bool) -> "Split":
+    def open(
+        cls, root: pathlib.Path, name: str, schema: records.Schema, skips: Sequence[int], views: int, poses: bool, unreadable: str
+    ) -> "Split":
         """The split `name` of the records in root; with `poses`, batches have them.
 
         Raises:
@@ -53,31 +59,47 @@ class Split:
         if not windows.size:
             needed = f"none of its {len(reader.sequences)} sequences has {frames_needed(min(skips), views)} frames"
             raise UserError(f"the {name} split of {root} has no {describe(views)}: {needed}, prepare longer videos")
-        return cls(reader, schema, windows, reader.manifest.size)
+        return cls(reader, schema, windows, reader.manifest.size, Reading(unreadable))
 
-    def fetch(self, item_Bx1: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the windows with these numbers."""
-        return self.batch(self.windows.locate(item_Bx1[:, 0]), weight_B)
+    def fetch(self, item_Bx1: np.ndarray, weight_B: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The batch of the windows with these numbers, and replaced_B, whether another was taken in a window's place."""
+        batch = self._empty(len(weight_B)) | {"weight_B": weight_B.astype(np.float32)}
+        taken_B = np.empty(len(weight_B), np.int64)
+        where = dict(zip(item_Bx1[:, 0].tolist(), self.windows.locate(item_Bx1[:, 0]).T.tolist(), strict=True))
+        read = functools.partial(self._read_window, where)
+        for b, item in enumerate(item_Bx1[:, 0].tolist()):
+            taken_B[b], (batch["skip_B"][b], pictures, pose_Tx4x4) = self.reading.read(item, self.windows.size, read, self.name)
+            for t, frame_HxWxC in enumerate(pictures):
+                batch["frames_BxTxHxWxC"][b, t] = frame_HxWxC
+            if pose_Tx4x4 is not None:  # g_i^-1 g_i+1, float64 until here
+                batch["relative_BxPx4x4"][b] = camera.relative_pose(pose_Tx4x4[:-1], pose_Tx4x4[1:])
+        return batch, taken_B != item_Bx1[:, 0]
 
-    def batch(self, where_3xB: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the windows at these (sequence, start, skip), read and decoded; poses are relative: g_i^-1 g_i+1."""
-        views = self.windows.views
-        frames_BxTxHxWxC = np.empty((len(weight_B), views, self.size, self.size, 3), np.uint8)
-        relative_BxPx4x4 = np.empty((len(weight_B), views - 1, 4, 4), np.float32)
-        poses = POSE in self.reader.schema
-        for b, (sequence, start, skip) in enumerate(where_3xB.T.tolist()):
-            found = self.read(sequence, self.windows.frames(start, skip))
-            for t, one in enumerate(found):
-                frames_BxTxHxWxC[b, t] = self._picture(one)
-            if poses:
-                pose_Tx4x4 = self._poses(sequence, found)
-                relative_BxPx4x4[b] = camera.relative_pose(pose_Tx4x4[:-1], pose_Tx4x4[1:])  # float64 until here
-        batch = {
-            "frames_BxTxHxWxC": frames_BxTxHxWxC,
-            "skip_B": where_3xB[2].astype(np.int32),
-            "weight_B": weight_B.astype(np.float32),
-        }
-        return batch | ({"relative_BxPx4x4": relative_BxPx4x4} if poses else {})
+    def stored_bytes(self, item: int) -> int:
+        """Bytes of the records of the window with this number."""
+        sequence, start, skip = self.windows.locate(np.array([item]))[:, 0].tolist()
+        found = self.read(sequence, self.windows.frames(start, skip), self.schema)
+        return sum(len(records.encode(example, self.schema)) for _, example in found)
+
+    def name(self, item: int) -> str:
+        """What the window with this number is called: its sequence, frames and records."""
+        sequence, start, skip = self.windows.locate(np.array([item]))[:, 0].tolist()
+        video, frames = self.reader.sequences[sequence], self.windows.frames(start, skip)
+        frame, record = (", ".join(str(first + one) for one in frames) for first in (0, video.start))
+        return f"frames {frame} of sequence {video.name} (records {record} of {video.shard})"
+
+    def _empty(self, count: int) -> Batch:
+        """Arrays for what is read of that many windows."""
+        views, size = self.windows.views, self.size
+        batch: Batch = {"frames_BxTxHxWxC": np.empty((count, views, size, size, 3), np.uint8), "skip_B": np.empty(count, np.int32)}
+        return batch | ({"relative_BxPx4x4": np.empty((count, views - 1, 4, 4), np.float32)} if POSE in self.reader.schema else {})
+
+    def _read_window(self, where: dict[int, list[int]], item: int) -> tuple[int, list[np.ndarray], np.ndarray | None]:
+        """(skip, pictures, pose_Tx4x4 or None) of a window, whose (sequence, start, skip) may stand in `where`."""
+        sequence, start, skip = where.get(item) or self.windows.locate(np.array([item]))[:, 0].tolist()
+        found = self.read(sequence, self.windows.frames(start, skip))
+        poses = self._poses(sequence, found) if POSE in self.reader.schema else None
+        return skip, [self._picture(one) for one in found], poses
 
     def read(self, sequence: int, frames: Iterable[int], schema: records.Schema | None = None) -> list[Read]:
         """These frames of a sequence, in this order; with the entries of `schema` instead of the reader's own."""
@@ -108,12 +130,12 @@ class Split:
         return self._poses(index, self.read(index, frames, {POSE: self.schema[POSE]}))
 
     def _poses(self, sequence: int, found: Sequence[Read]) -> np.ndarray:
-        """pose_Tx4x4 of records of a sequence, in the order given; UserError where one is not finite."""
+        """pose_Tx4x4 of records of a sequence, in the order given; RecordError where one is not finite."""
         pose_Tx4x4 = np.array([example[POSE] for _, example in found], np.float64).reshape(-1, 4, 4)
         finite_T = np.isfinite(pose_Tx4x4).all(axis=(1, 2))
         if not finite_T.all():
             where = f"sequence {self.reader.sequences[sequence].name} (in {found[int(np.argmin(finite_T))][0]})"
-            raise UserError(f"a camera pose of {where} is not finite: prepare the records again, without that frame")
+            raise RecordError(f"a camera pose of {where} is not finite: prepare the records again, without that frame")
         return pose_Tx4x4
 
     def _picture(self, one: Read) -> np.ndarray:
@@ -123,5 +145,5 @@ class Split:
         height, width, _ = frame_HxWxC.shape
         if (height, width) != (self.size, self.size):
             size = f"{width}x{height} pixels, its manifest says {self.size}"
-            raise UserError(f"the picture in {name} has {size}: prepare the records again")
+            raise RecordError(f"the picture in {name} has {size}: prepare the records again")
         return frame_HxWxC

@@ -13,10 +13,12 @@ from typing import cast
 import numpy as np
 
 from niso.data import datasets, records
+from niso.data.reading import Reading
 from niso.data.stream import Batch, Examples, Source, check_records, find_records
 from niso.errors import UserError
 
 IMAGE, LABEL = "image_HxWxC", "label"
+TAKEN = ""  # among entries of records: the numbers of the images that they are of
 TEST_SET = "homnist"  # what test_records hold
 
 
@@ -75,7 +77,7 @@ class Stills(Source["StillDataset"]):
         row, root = find_records(self)
         folders = [(root, row), self._test_folder() if self.test_records else (root, row)]
         train, test = (
-            Gallery.open(folder, name, of.schema(of.size or self.size), self.stack, self.in_memory)
+            Gallery.open(folder, name, of.schema(of.size or self.size), self.stack, self.in_memory, self.unreadable)
             for name, (folder, of) in zip(row.splits, folders, strict=True)
         )
         if (self.test_copies > 1 or self.test_records) and self.test_examples > test.size * self.test_copies:
@@ -109,30 +111,35 @@ class Gallery:
     Attributes:
         reader: Of their records.
         end_S: One more than the number of each sequence's last image.
-        stored: Every entry of a record, of all images along a first axis; or None to read each when it is asked for.
+        reading: What is done about images that cannot be read.
+        stored: Every entry of a record, of all images along a first axis, and which images these are (TAKEN);
+            or None to read each when it is asked for.
     """
 
     reader: records.Reader
     end_S: np.ndarray
+    reading: Reading
     stored: Batch | None
 
     @classmethod
-    def open(cls, root: pathlib.Path, name: str, schema: records.Schema, stack: int, in_memory: bool) -> "Gallery":
+    def open(cls, root: pathlib.Path, name: str, schema: records.Schema, stack: int, in_memory: bool, unreadable: str) -> "Gallery":
         """The split `name` of the records in root; UserError where it has fewer than `stack` images, or reading them fails."""
         reader = records.Reader(root, name, schema)
-        gallery = cls(reader, np.cumsum([sequence.length for sequence in reader.sequences], dtype=np.int64), None)
+        end_S = np.cumsum([sequence.length for sequence in reader.sequences], dtype=np.int64)
+        gallery = cls(reader, end_S, Reading(unreadable), None)
         if gallery.size < stack:
             remedy = f"prepare more images, or set --config.data.stack to at most {gallery.size}"
             raise UserError(f"the {name} split of {root} has {gallery.size} images, an example is a stack of {stack}: {remedy}")
-        return dataclasses.replace(gallery, stored=gallery._read_all()) if in_memory else gallery
+        return dataclasses.replace(gallery, stored=gallery._read(np.arange(gallery.size))) if in_memory else gallery
 
     @property
     def size(self) -> int:
         """The number of images."""
         return int(self.end_S[-1]) if self.end_S.size else 0
 
-    def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the images with these numbers: image s of an example, of C channels, at channels Cs .. Cs + C - 1.
+    def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The batch of the images with these numbers: image s of an example, of C channels, at channels Cs .. Cs + C - 1; and
+        replaced_B, whether another was taken in the place of one of an example's images.
 
         Numbers go on beyond the last image with a further copy of the first one, and so on.
         """
@@ -146,10 +153,15 @@ class Gallery:
         images_BxHxWxC = stacked_BxHxWxSxC.reshape(examples, height, width, stack * channels)
         batch: Batch = {"images_BxHxWxC": images_BxHxWxC, "weight_B": weight_B.astype(np.float32)}
         if stack == 1:
-            batch |= {"item_B": item_N.astype(np.int32), "copy_B": copy_N.astype(np.int32)}
+            batch |= {"item_B": found[TAKEN].astype(np.int32), "copy_B": copy_N.astype(np.int32)}
             if LABEL in found:
                 batch["label_B"] = found[LABEL].astype(np.int32)
-        return batch
+        return batch, (found[TAKEN] != item_N).reshape(item_BxS.shape).any(axis=1)
+
+    def name(self, item: int) -> str:
+        """What the image with this number, or a copy of it, is called: with its record."""
+        shard, number = self._record(item % self.size)
+        return f"image {item % self.size} (record {number} of {shard})"
 
     def order(self, examples: int, stack: int) -> np.ndarray:
         """item_ExS: that many examples in one fixed shuffled order of all images, from its start again where it ends.
@@ -160,31 +172,27 @@ class Gallery:
         item_N = np.random.RandomState(0).permutation(self.size)
         return item_N[np.arange(examples * stack) % self.size].reshape(examples, stack)
 
-    def _empty(self, count: int) -> Batch:
-        """Arrays for the entries of that many records."""
-        schema = self.reader.schema
-        return {name: np.empty((count, *cast(tuple[int, ...], field.shape)), field.dtype) for name, field in schema.items()}
-
     def _read(self, item_N: np.ndarray) -> Batch:
-        """The entries of the records of these images."""
-        entries = self._empty(len(item_N))
-        place_N = np.searchsorted(self.end_S, item_N, side="right")
-        for n, (item, place) in enumerate(zip(item_N.tolist(), place_N.tolist(), strict=True)):
-            sequence = self.reader.sequences[place]
-            number = sequence.start + sequence.length - (int(self.end_S[place]) - item)
-            for name, value in self.reader.read(sequence.shard, [number])[0].items():
+        """The entries of the records of these images, and which images these are (TAKEN)."""
+        schema = self.reader.schema
+        entries = {n: np.empty((len(item_N), *cast(tuple[int, ...], field.shape)), field.dtype) for n, field in schema.items()}
+        entries[TAKEN] = np.empty(len(item_N), np.int64)
+        for n, item in enumerate(item_N.tolist()):
+            entries[TAKEN][n], example = self.reading.read(item, self.size, self.read_one, self.name)
+            for name, value in example.items():
                 entries[name][n] = value
         return entries
 
-    def _read_all(self) -> Batch:
-        """The entries of all records: the same as `_read` of all numbers, a shard at a time."""
-        entries = self._empty(self.size)
-        for sequence, end in zip(self.reader.sequences, self.end_S.tolist(), strict=True):
-            found = self.reader.read(sequence.shard, range(sequence.start, sequence.start + sequence.length))
-            for n, example in enumerate(found, start=end - sequence.length):
-                for name, value in example.items():
-                    entries[name][n] = value
-        return entries
+    def read_one(self, item: int) -> records.Example:
+        """The record of the image with this number."""
+        shard, number = self._record(item)
+        return self.reader.read(shard, [number])[0]
+
+    def _record(self, item: int) -> tuple[str, int]:
+        """(shard, number) of an image's record."""
+        place = int(np.searchsorted(self.end_S, item, side="right"))
+        sequence = self.reader.sequences[place]
+        return sequence.shard, sequence.start + sequence.length - (int(self.end_S[place]) - item)
 
 
 def _shape(schema: records.Schema) -> tuple[int, ...]:
@@ -207,17 +215,17 @@ class StillDataset(Examples):
         copy_C = test.size * np.arange(data.test_copies)
         item_ExS = test.order(data.test_examples // data.test_copies, data.stack)
         evaluated = (item_ExS[:, None] + copy_C[:, None]).reshape(-1, data.stack)  # the copies of an image follow each other
-        super().__init__(data, train.fetch, test.fetch, items=train.size, stack=data.stack, listed=True, evaluated=evaluated)
+        super().__init__(data, train, test, items=train.size, stack=data.stack, listed=True, evaluated=evaluated)
         self._train, self._test = train, test
 
     def figure_batch(self, count: int, train: bool = False) -> Batch:
         """count fixed test (or training) examples for figures, the first of the split's fixed order; weights 1."""
         gallery = self._train if train else self._test
-        return gallery.fetch(gallery.order(count, self.data.stack), np.ones(count))
+        return gallery.fetch(gallery.order(count, self.data.stack), np.ones(count))[0]
 
     def bytes_per_example(self) -> dict[str, float]:
         """Bytes per training example: "disk" (its records as stored, with in_memory read at the start only), "device"."""
         reader = self._train.reader
-        (example,) = reader.read(reader.sequences[0].shard, [reader.sequences[0].start])  # all are of one length
+        _, example = self._train.reading.read(0, self._train.size, self._train.read_one, self._train.name)  # all are of one length
         device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.batch_shapes(1).values())
         return {"disk": float(self.data.stack * len(records.encode(example, reader.schema))), "device": float(device)}

@@ -10,20 +10,31 @@ import abc
 import dataclasses
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
-from typing import Any, Generic, TypeVar
+from collections.abc import Sequence
+from typing import Any, Generic, Protocol, TypeVar
 
 import grain.python as grain
 import numpy as np
 
 from niso.data import datasets, records, synthetic
+from niso.data.addresses import Address, HeldOutAddresses, ListedAddresses, train_addresses
+from niso.data.reading import FATAL, SKIP
 from niso.errors import UserError
 
 Batch = dict[str, np.ndarray]
 Rows = slice | Sequence[int]
-# (item_BxS, the S items of every example; weight_B) -> the batch of these examples. Goes to worker processes.
-Fetch = Callable[[np.ndarray, np.ndarray], Batch]
 Opened = TypeVar("Opened")
+REPLACED = "replaced_B"  # an entry of batches on their way to the process that counts them, from whichever fetched them
+
+
+class Items(Protocol):
+    """The items of one split and the means to read them; goes to worker processes."""
+
+    def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The batch of the examples of these items, and replaced_B, in which of them another item was taken in one's place."""
+
+    def name(self, item: int) -> str:
+        """What an item is called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +49,8 @@ class Source(abc.ABC, Generic[Opened]):
         threads: Threads that read and decode, in each process that does; more than `prefetch` have nothing to do.
         prefetch: Batches read ahead.
         workers: Processes that read and decode; 0 for threads of this one.  Needs parsed absl flags and a main guard.
+        unreadable: "fatal": a record that cannot be read ends the run. "skip": the next example that can be read is trained on
+            in the place of one that cannot, which is evaluated with weight 0.
     """
 
     dataset: str
@@ -47,6 +60,7 @@ class Source(abc.ABC, Generic[Opened]):
     threads: int
     prefetch: int
     workers: int
+    unreadable: str
 
     @property
     @abc.abstractmethod
@@ -66,6 +80,8 @@ class Source(abc.ABC, Generic[Opened]):
         for name, minimum in ({"size": 1} | least | {"threads": 0, "prefetch": 0, "workers": 0}).items():
             if getattr(self, name) < minimum:
                 raise UserError(f"config.data.{name} is {getattr(self, name)}: it must be at least {minimum}")
+        if self.unreadable not in (FATAL, SKIP):
+            raise UserError(f"config.data.unreadable is {self.unreadable!r}: it must be {FATAL} or {SKIP}")
         if self.twin and self.records:
             asked = f"data.twin={self.twin} and data.records={self.records}"
             raise UserError(f"both {asked} are set: set --config.data.twin= or --config.data.records= to nothing")
@@ -119,6 +135,9 @@ class Batches:
 
     Reading ahead begins at once.  An error of a thread or worker process is raised by the `next` that would have
     returned its batch, a UserError as itself however grain wrapped it.
+
+    Attributes:
+        replaced: Examples of the batches returned so far of which a record could not be read.
     """
 
     def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, workers: int):
@@ -128,6 +147,7 @@ class Batches:
         stream = dataset.to_iter_dataset(options)
         if workers:
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, each)))
+        self.replaced = 0
         self._iterator = iter(stream)
         self._iterator.start_prefetch()
 
@@ -136,7 +156,7 @@ class Batches:
 
     def __next__(self) -> Batch:
         try:
-            return next(self._iterator)
+            batch = next(self._iterator)
         except StopIteration:
             raise
         except Exception as error:
@@ -147,6 +167,8 @@ class Batches:
             if cause is None or cause is error:
                 raise
             raise cause from None
+        self.replaced += int(batch.pop(REPLACED).sum())
+        return batch
 
     def close(self) -> None:
         """Ends the threads and processes; may be called twice."""
@@ -171,14 +193,15 @@ class Examples(abc.ABC):
     """
 
     def __init__(
-        self, data: Source, train: Fetch, test: Fetch, *, items: int, stack: int, listed: bool, evaluated: Sequence | np.ndarray
+        self, data: Source, train: Items, test: Items, *, items: int, stack: int, listed: bool, evaluated: Sequence | np.ndarray
     ):
         """Of that many training items; `evaluated[n]` is the item, or the items, of test example n.
 
         `listed`: an epoch's order is kept as a list, 8 bytes an item, instead of computed item by item, 9 us each.
         """
         self.data = data
-        self._fetch_train, self._fetch_test = train, test
+        self._train_items, self._test_items = train, test
+        self._opened: list[Batches] = []  # of training examples
         self._items, self._stack, self._listed, self._evaluated = items, stack, listed, evaluated
         self.train_size, self.test_size = items // stack, len(evaluated)
 
@@ -186,33 +209,41 @@ class Examples(abc.ABC):
         """(shape, dtype) of every entry of a batch of that many examples."""
         return self.data.batch_shapes(batch)
 
+    @property
+    def replaced(self) -> int | None:
+        """Training examples, of those that this process read, in whose place another was taken; None where that is an error."""
+        return sum(batches.replaced for batches in self._opened) if self.data.unreadable == SKIP else None
+
     def train_batches(self, *, batch: int, seed: int, start: int, steps: int, rows: Rows) -> Batches:
         """This host's rows of the global batches start .. steps - 1, each `batch` rows in all.
 
         Every item comes once per epoch, in an order of its own in each epoch; epochs follow each other without a gap, so
         a batch may be larger than an epoch.  Batch n depends on (seed, batch, n) alone.
         """
+        self._opened.append(self._batches(self._addresses(batch, seed, steps)[start:steps], self._train_items, rows, False))
+        return self._opened[-1]
+
+    def _addresses(self, batch: int, seed: int, steps: int) -> grain.MapDataset:
+        """The addresses of that many training batches."""
         if self._listed:
-            addresses = grain.MapDataset.source(_ListedAddresses(self._items, self._stack, batch, seed, steps))
-            return self._batches(addresses[start:steps], self._fetch_train, rows)
+            return grain.MapDataset.source(ListedAddresses(self._items, self._stack, batch, seed, steps))
         # grain shuffles epoch e with seed + e: neighbouring seeds would walk through each other's epochs.
         shuffle = int(np.random.SeedSequence(seed).generate_state(1)[0])
         each = batch * self._stack
-        addresses = (
+        return (
             grain.MapDataset.range(self._items)
             .shuffle(seed=shuffle)
             .repeat(max(1, -(-steps * each // self._items)))
-            .batch(each, drop_remainder=True, batch_fn=functools.partial(_train_addresses, self._stack))
+            .batch(each, drop_remainder=True, batch_fn=functools.partial(train_addresses, self._stack))
         )
-        return self._batches(addresses[start:steps], self._fetch_train, rows)
 
     def test_batches(self, *, batch: int, rows: Rows) -> Batches:
         """This host's rows of the evaluated examples: each of the test_size ones once, in a fixed order.
 
-        The last global batch is filled with copies of its last example at weight 0.
+        The last global batch is filled with copies of its last example at weight 0.  One that cannot be read has weight 0 too.
         """
-        addresses = grain.MapDataset.source(_TestAddresses(self._evaluated, batch))
-        return self._batches(addresses, self._fetch_test, rows)
+        addresses = grain.MapDataset.source(HeldOutAddresses(self._evaluated, batch))
+        return self._batches(addresses, self._test_items, rows, True)
 
     @abc.abstractmethod
     def figure_batch(self, count: int, train: bool = False) -> Batch:
@@ -222,66 +253,23 @@ class Examples(abc.ABC):
     def bytes_per_example(self) -> dict[str, float]:
         """Mean bytes per training example: "disk" (its records as stored), "device" (its share of a batch)."""
 
-    def _batches(self, addresses: grain.MapDataset, fetch: Fetch, rows: Rows) -> Batches:
+    def _batches(self, addresses: grain.MapDataset, items: Items, rows: Rows, exact: bool) -> Batches:
         data = self.data
         rows = rows if isinstance(rows, slice) else list(rows)
-        return Batches(addresses.map(_FetchRows(fetch, rows)), data.threads, data.prefetch, data.workers)
+        return Batches(addresses.map(_FetchRows(items, rows, exact)), data.threads, data.prefetch, data.workers)
 
 
 @dataclasses.dataclass(frozen=True)
 class _FetchRows:
-    """Maps the addresses of a global batch to this host's rows of the batch itself."""
+    """Maps the addresses of a global batch to this host's rows of the batch itself; `exact`: in it replaced examples weigh 0."""
 
-    fetch: Fetch
+    items: Items
     rows: Rows
+    exact: bool
 
-    def __call__(self, address: Batch) -> Batch:
-        return self.fetch(address["item_BxS"][self.rows], address["weight_B"][self.rows])
-
-
-def _train_addresses(stack: int, items: Sequence[int] | np.ndarray) -> Batch:
-    item_BxS = np.asarray(items).reshape(-1, stack)
-    return {"item_BxS": item_BxS, "weight_B": np.ones(len(item_BxS))}
-
-
-@dataclasses.dataclass(frozen=True)
-class _ListedAddresses:
-    """Addresses of the training batches, from epochs that are listed."""
-
-    items: int
-    stack: int
-    batch: int
-    seed: int
-    steps: int
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __getitem__(self, n: int) -> Batch:
-        each = self.batch * self.stack
-        epoch_N, place_N = np.divmod(np.arange(n * each, (n + 1) * each), self.items)
-        parts = [_epoch(self.items, self.seed, epoch)[place_N[epoch_N == epoch]] for epoch in np.unique(epoch_N).tolist()]
-        return _train_addresses(self.stack, np.concatenate(parts))
-
-
-@functools.lru_cache(maxsize=3)  # threads that read ahead are in two at once
-def _epoch(items: int, seed: int, epoch: int) -> np.ndarray:
-    """item_N: the order of all items in that epoch, an independent one for every (seed, epoch)."""
-    # Of numpy's generators, the one whose numbers are promised not to change with its version.
-    return np.random.RandomState(np.random.MT19937(np.random.SeedSequence((seed, epoch)))).permutation(items)
-
-
-@dataclasses.dataclass(frozen=True)
-class _TestAddresses:
-    """Addresses of the test batches: every evaluated example once, in order; copies of the last one at weight 0 fill up."""
-
-    evaluated: Sequence | np.ndarray
-    batch: int
-
-    def __len__(self) -> int:
-        return -(-len(self.evaluated) // self.batch)
-
-    def __getitem__(self, n: int) -> Batch:
-        position_B, size = n * self.batch + np.arange(self.batch), len(self.evaluated)
-        item_BxS = np.array([self.evaluated[int(position)] for position in np.minimum(position_B, size - 1)])
-        return {"item_BxS": item_BxS.reshape(self.batch, -1), "weight_B": position_B < size}
+    def __call__(self, address: Address) -> Batch:
+        batch, replaced_B = self.items.fetch(address["item_BxS"][self.rows], address["weight_B"][self.rows])
+        replaced_B = replaced_B & (batch["weight_B"] > 0)  # not the copies that fill up the last batch
+        if self.exact:
+            batch["weight_B"][replaced_B] = 0
+        return batch | {REPLACED: replaced_B}

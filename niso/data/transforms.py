@@ -7,7 +7,7 @@ import struct
 import numpy as np
 from PIL import Image
 
-from niso.errors import UserError
+from niso.errors import RecordError
 
 # What Pillow raises on broken files.
 UNREADABLE = (OSError, EOFError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError)
@@ -22,13 +22,13 @@ def decode_jpeg(data: bytes, name: str) -> np.ndarray:
         name: What the error calls it: the record it came from.
 
     Raises:
-        UserError: data is no JPEG, or one cut short.
+        RecordError: data is no JPEG, or one cut short.
     """
     try:
         with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"the picture in {name} is damaged ({len(data)} bytes): prepare the records again") from error
+    except UNREADABLE as error:
+        raise RecordError(f"the picture in {name} is damaged ({len(data)} bytes): prepare the records again") from error
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:

@@ -55,6 +55,14 @@ class Windows:
         before_N = (end_NxK - count_NxK)[np.arange(window_N.size), column_N]
         return np.stack([sequence_N, number_N - before_N, self.skip_K[column_N]])
 
+    def number(self, where_3xN: np.ndarray) -> np.ndarray:
+        """window_N: the numbers of the windows at these (sequence, start, skip), which all exist; the inverse of `locate`."""
+        sequence_N, start_N, skip_N = where_3xN
+        count_NxK = _starts(self.length_S[sequence_N, None], self.skip_K, self.views)
+        end_NxK = np.cumsum(count_NxK, axis=1)
+        before_N = np.sum((end_NxK - count_NxK) * (self.skip_K == skip_N[:, None]), axis=1)
+        return self.end_S[sequence_N] - end_NxK[:, -1] + before_N + start_N
+
 
 def frames_needed(skip: int, views: int) -> int:
     """Frames of the shortest sequence with a window."""

@@ -1,0 +1,75 @@
+"""Reading one item of a split, readable or not: either that is an error, or it is said and the next one taken instead."""
+
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from niso.errors import RecordError, UserError
+
+FATAL, SKIP = "fatal", "skip"  # values of config.data.unreadable
+IN_A_ROW = 64  # unreadable items; more of them are no accident
+
+Value = TypeVar("Value")
+
+
+class Reading:
+    """How the items of one split are read; may be pickled (to a worker process) and shared between threads.
+
+    Args:
+        unreadable: "fatal": an item that cannot be read is an error. "skip": the next one that can be is taken instead.
+    """
+
+    def __init__(self, unreadable: str):
+        self.skip = unreadable == SKIP
+        self._reset()
+
+    def _reset(self) -> None:
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"skip": self.skip}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._reset()
+
+    def read(self, item: int, size: int, read: Callable[[int], Value], name: Callable[[int], str]) -> tuple[int, Value]:
+        """(number, value) of the item, or of the first one after it that can be read; after the last of `size` comes the first.
+
+        Which one that is depends on the item and the records alone.  Each bad record is said once by every process.
+
+        Args:
+            read: From an item's number to its value.
+            name: To what it is called.
+
+        Raises:
+            RecordError: it cannot be read, and nothing shall be skipped.
+            UserError: nor can the IN_A_ROW - 1 after it.
+        """
+        errors: list[RecordError] = []
+        for number in range(item, item + min(IN_A_ROW, size)):
+            try:
+                value = read(number % size)
+            except RecordError as error:
+                if not self.skip:
+                    raise
+                errors.append(error)
+                continue
+            if errors:
+                self._say(errors, f"{name(number % size)} stand in for {name(item)}")
+            return number % size, value
+        raise UserError(f"{errors[0]}; and the {len(errors) - 1} that follow {name(item)} are no better: too many to be skipped")
+
+    def leave_out(self, error: RecordError, name: str) -> None:
+        """Says that what is called so is done without, because of `error`; raises that where nothing shall be skipped."""
+        if not self.skip:
+            raise error
+        self._say([error], f"{name} is left out")
+
+    def _say(self, errors: list[RecordError], consequence: str) -> None:
+        with self._lock:
+            for line in {str(error): None for error in errors if str(error) not in self._said}:
+                self._said.add(line)
+                print(f"niso: skipped: {line}; {consequence}", file=sys.stderr, flush=True)
