@@ -1,9 +1,12 @@
 """What goes wrong with data in the middle of a run: records that cannot be read, readers that do not come back."""
 
+import dataclasses
 import json
+import os
 import pathlib
 import re
 import shutil
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 from absl import flags
 
 from niso import sequences
-from niso.data import pipeline, reading
+from niso.data import pipeline, reading, records, watchdog
 from niso.data.windows import Windows
 from niso.errors import UserError
 from tests import runs, test_stills, toy_records
@@ -210,29 +213,24 @@ def test_whole_videos_are_left_out(damaged, capfd):
 
 def test_a_run_goes_on_and_says_what_it_skipped(tmp_path):
     """In TensorBoard and on the terminal; metrics.jsonl has what a rerun reproduces, over the test pairs that can be read."""
-    records_, lengths, bad = tmp_path / "records", (9, 7, 8, 6), {(0, 4), (3, 0)}
+    records_, bad = tmp_path / "records", {(0, 4), (3, 0)}
     shutil.copytree(runs.tiny_records(), records_)
     for split, sequence, frame in (*(("train", *where) for where in bad), ("test", 1, 2)):
         flip(str(records_), split, toy_records.noisy(sequence, frame, 8))
     counts = tmp_path / "counts"
     ended = runs.run(tmp_path / "run", hooks=[f"counts={counts}"], data__records=records_, data__unreadable="skip")
     assert ended.code == 0, ended.err
-    assert {re.search(r"/(\S+): record", line)[1] for line in skipped(ended.err)} == {
+    assert {re.search(r"/([^/]+): record", line)[1] for line in skipped(ended.err)} == {
         "train-00000-of-00002.array_record", "train-00001-of-00002.array_record", "test-00001-of-00002.array_record",
     }  # fmt: skip
-    drawn = train(str(records_), batch=runs.BATCH, steps=runs.STEPS, unreadable="skip", max_skip=2)
-    windows, seen = Windows.of(lengths, range(3), 2), runs.BATCH * runs.STEPS
-    assert sum(len(batch["skip_B"]) for batch in drawn) == seen
-    with pipeline.open_dataset(data(runs.tiny_records(), max_skip=2)).train_batches(
-        batch=runs.BATCH, seed=0, start=0, steps=runs.STEPS, rows=slice(None)
-    ) as batches:
-        whole = list(batches)
+    options = {"batch": runs.BATCH, "steps": runs.STEPS, "max_skip": 2}
+    drawn, whole = train(str(records_), unreadable="skip", **options), train(runs.tiny_records(), **options)
     different = [
         (ours["frames_BxTxHxWxC"][b] != theirs["frames_BxTxHxWxC"][b]).any()
         for ours, theirs in zip(drawn, whole, strict=True) for b in range(runs.BATCH)
     ]  # fmt: skip
     found = scalars(read_as_tensorboard(tmp_path / "run"), "data/skipped")
-    assert [step for step, _ in found] == [4, 8, 12, 16] and found[-1][1] == sum(different) > 0 and windows.size < seen
+    assert [step for step, _ in found] == [4, 8, 12, 16] and found[-1][1] == sum(different) > 0
     assert f"data/skipped {sum(different)} | " in ended.out and "skipped" not in (tmp_path / "run/metrics.jsonl").read_text()
     lost = sum(not readable(where, {(1, 2)}) for where in by_hand((6, 5, 4), (0, 2)))
     assert f"evaluation at step 16: {lost} of {runs.TEST_PAIRS} test examples cannot be read and are left out" in ended.out
@@ -301,3 +299,51 @@ def test_labels_and_numbers_are_those_of_the_image_that_is_there(digits, way, ca
             counted += [(item, copy) for item, copy, weight in pairs if weight]
     assert sorted(counted) == [(item, copy) for item in range(12) if item not in BAD_HELD_OUT for copy in range(2)]
     assert batches.replaced == 2 * len(BAD_HELD_OUT)
+
+
+# A reader that does not come back
+
+
+class Stuck(records.Reader):
+    """Takes its time over the fourth record of the first shard, once in every process."""
+
+    seconds = 3.0
+
+    def read(self, shard, numbers, schema=None):
+        if shard.endswith("00000-of-00002.array_record") and 3 in numbers and not vars(self).setdefault("slept", False):
+            self.slept = True
+            time.sleep(self.seconds)
+        return super().read(shard, numbers, schema)
+
+
+@pytest.mark.parametrize("way", WAYS[1:])
+def test_what_takes_long_is_named_while_it_does(clean, way, monkeypatch, capfd):
+    """Again and again, at doubling intervals: the step that has no data, the reader, and the record that it reads."""
+    monkeypatch.setattr(watchdog, "LIMIT", 0.5)
+    assert flags.FLAGS.is_parsed() or not flags.FLAGS.mark_as_parsed()
+    dataset = pipeline.open_dataset(data(clean, **way))
+    stuck = dataclasses.replace(dataset._train, reader=Stuck(clean, "train", dataset._train.reader.schema))
+    dataset = pipeline.PairDataset(dataset.data, train=stuck, test=dataset._test)
+    whole = train(clean, batch=2, steps=14)
+    first = next(n for n, batch in enumerate(whole) for s, a, k in shown(batch) if s == 0 and 3 in (a, a + k + 1))
+    with dataset.train_batches(batch=2, seed=0, start=first, steps=first + 2, rows=slice(None)) as batches:
+        assert equal(list(batches), whole[first : first + 2])
+    lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("niso: ")]
+    record = r"frames (3, \d|\d, 3) of sequence s0 \(records (3, \d|\d, 3) of train-00000-of-00002.array_record\) for (\d) s"
+    mine = [line for line in lines if line.startswith(f"niso: no data yet for step {first + 1} after ")]
+    assert mine and all(f"s, in process {os.getpid()} on " in line for line in mine)
+    if "workers" in way:
+        workers = [re.fullmatch(rf"niso: worker process (\d+) on \S+ has been reading {record}", line) for line in lines]
+        told = [int(found[4]) for found in workers if found]
+        readers = {found[1] for found in workers if found}
+        assert readers and all(re.search(r"it waits for worker process \d+, worker process \d+$", line) for line in mine)
+        assert readers <= set(re.findall(r"worker process (\d+)", mine[-1]))
+    else:
+        told = [int(found[3]) for line in mine if (found := re.search(record, line))]
+    # After 0.5, 1 and 2 s, in each process.
+    assert 2 <= len(told) <= 3 * way.get("workers", 1) and max(told) >= 2
+
+
+def test_nothing_is_said_when_all_is_well(clean, capfd):
+    train(clean)
+    assert capfd.readouterr().err == ""

@@ -1,10 +1,18 @@
-"""Reading one item of a split, readable or not: either that is an error, or it is said and the next one taken instead."""
+"""Reading one item of a split, readable or not: either that is an error, or it is said and the next one taken instead.
 
+What is being read is known to whoever waits for it, and a worker process says what takes long by itself.
+"""
+
+import os
+import platform
 import sys
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from niso.data import watchdog
+from niso.data.watchdog import Watchdog
 from niso.errors import RecordError, UserError
 
 FATAL, SKIP = "fatal", "skip"  # values of config.data.unreadable
@@ -22,18 +30,27 @@ class Reading:
 
     def __init__(self, unreadable: str):
         self.skip = unreadable == SKIP
+        self.limit = watchdog.LIMIT  # the same in worker processes
         self._reset()
 
     def _reset(self) -> None:
         self._lock = threading.Lock()
         self._said: set[str] = set()
+        self._begun: dict[int, tuple[Callable[[int], str], int, float]] = {}  # thread -> (name, item, since)
+        self._watchdog: Watchdog | None = None
+        self._in_worker = False
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"skip": self.skip}
+        return {"skip": self.skip, "limit": self.limit}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state)
         self._reset()
+        self._in_worker = True  # it was sent there; nobody else could say what it reads
+
+    def begun(self) -> dict[str, float]:
+        """What threads of this process read at the moment, and since when (time.monotonic)."""
+        return {name(item): since for name, item, since in self._begun.copy().values()}
 
     def read(self, item: int, size: int, read: Callable[[int], Value], name: Callable[[int], str]) -> tuple[int, Value]:
         """(number, value) of the item, or of the first one after it that can be read; after the last of `size` comes the first.
@@ -48,8 +65,13 @@ class Reading:
             RecordError: it cannot be read, and nothing shall be skipped.
             UserError: nor can the IN_A_ROW - 1 after it.
         """
+        if self._in_worker and self._watchdog is None:
+            with self._lock:
+                self._watchdog = self._watchdog or Watchdog(self.begun, _describe, self.limit)
         errors: list[RecordError] = []
+        thread = threading.get_ident()
         for number in range(item, item + min(IN_A_ROW, size)):
+            self._begun[thread] = name, number % size, time.monotonic()
             try:
                 value = read(number % size)
             except RecordError as error:
@@ -57,6 +79,8 @@ class Reading:
                     raise
                 errors.append(error)
                 continue
+            finally:
+                del self._begun[thread]
             if errors:
                 self._say(errors, f"{name(number % size)} stand in for {name(item)}")
             return number % size, value
@@ -73,3 +97,7 @@ class Reading:
             for line in {str(error): None for error in errors if str(error) not in self._said}:
                 self._said.add(line)
                 print(f"niso: skipped: {line}; {consequence}", file=sys.stderr, flush=True)
+
+
+def _describe(name: str, seconds: float) -> str:
+    return f"worker process {os.getpid()} on {platform.node()} has been reading {name} for {seconds:.0f} s"

@@ -11,30 +11,18 @@ import dataclasses
 import functools
 import pathlib
 from collections.abc import Sequence
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
 import grain.python as grain
 import numpy as np
 
 from niso.data import datasets, records, synthetic
-from niso.data.addresses import Address, HeldOutAddresses, ListedAddresses, train_addresses
+from niso.data.addresses import HeldOutAddresses, ListedAddresses, train_addresses
+from niso.data.batches import Batch, Batches, FetchRows, Items, Rows
 from niso.data.reading import FATAL, SKIP
 from niso.errors import UserError
 
-Batch = dict[str, np.ndarray]
-Rows = slice | Sequence[int]
 Opened = TypeVar("Opened")
-REPLACED = "replaced_B"  # an entry of batches on their way to the process that counts them, from whichever fetched them
-
-
-class Items(Protocol):
-    """The items of one split and the means to read them; goes to worker processes."""
-
-    def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> tuple[Batch, np.ndarray]:
-        """The batch of the examples of these items, and replaced_B, in which of them another item was taken in one's place."""
-
-    def name(self, item: int) -> str:
-        """What an item is called."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,57 +118,6 @@ def check_records(root: pathlib.Path, name: str, row: datasets.Dataset, size: in
             raise UserError(f"the records in {root} have no {split} split: prepare them again, from more {row.units}")
 
 
-class Batches:
-    """An iterator of batches that owns threads or processes; close it, or use it as a context manager.
-
-    Reading ahead begins at once.  An error of a thread or worker process is raised by the `next` that would have
-    returned its batch, a UserError as itself however grain wrapped it.
-
-    Attributes:
-        replaced: Examples of the batches returned so far of which a record could not be read.
-    """
-
-    def __init__(self, dataset: grain.MapDataset, threads: int, prefetch: int, workers: int):
-        each = -(-prefetch // workers) if workers else prefetch
-        # grain warns about threads beyond the buffer.
-        options = grain.ReadOptions(num_threads=min(threads, each), prefetch_buffer_size=each)
-        stream = dataset.to_iter_dataset(options)
-        if workers:
-            stream = stream.mp_prefetch(grain.MultiprocessingOptions(workers, per_worker_buffer_size=max(1, each)))
-        self.replaced = 0
-        self._iterator = iter(stream)
-        self._iterator.start_prefetch()
-
-    def __iter__(self) -> "Batches":
-        return self
-
-    def __next__(self) -> Batch:
-        try:
-            batch = next(self._iterator)
-        except StopIteration:
-            raise
-        except Exception as error:
-            self.close()
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, UserError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None or cause is error:
-                raise
-            raise cause from None
-        self.replaced += int(batch.pop(REPLACED).sum())
-        return batch
-
-    def close(self) -> None:
-        """Ends the threads and processes; may be called twice."""
-        self._iterator.close()
-
-    def __enter__(self) -> "Batches":
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        self.close()
-
-
 class Examples(abc.ABC):
     """The examples of the two splits of a folder of records: what the trainer needs of a dataset, whatever its kind.
 
@@ -220,7 +157,8 @@ class Examples(abc.ABC):
         Every item comes once per epoch, in an order of its own in each epoch; epochs follow each other without a gap, so
         a batch may be larger than an epoch.  Batch n depends on (seed, batch, n) alone.
         """
-        self._opened.append(self._batches(self._addresses(batch, seed, steps)[start:steps], self._train_items, rows, False))
+        addresses = self._addresses(batch, seed, steps)[start:steps]
+        self._opened.append(self._batches(addresses, self._train_items, rows, False, "step", start + 1))
         return self._opened[-1]
 
     def _addresses(self, batch: int, seed: int, steps: int) -> grain.MapDataset:
@@ -243,7 +181,7 @@ class Examples(abc.ABC):
         The last global batch is filled with copies of its last example at weight 0.  One that cannot be read has weight 0 too.
         """
         addresses = grain.MapDataset.source(HeldOutAddresses(self._evaluated, batch))
-        return self._batches(addresses, self._test_items, rows, True)
+        return self._batches(addresses, self._test_items, rows, True, "test batch", 1)
 
     @abc.abstractmethod
     def figure_batch(self, count: int, train: bool = False) -> Batch:
@@ -253,23 +191,13 @@ class Examples(abc.ABC):
     def bytes_per_example(self) -> dict[str, float]:
         """Mean bytes per training example: "disk" (its records as stored), "device" (its share of a batch)."""
 
-    def _batches(self, addresses: grain.MapDataset, items: Items, rows: Rows, exact: bool) -> Batches:
+    def _batches(self, addresses: grain.MapDataset, items: Items, rows: Rows, exact: bool, name: str, first: int) -> Batches:
         data = self.data
         rows = rows if isinstance(rows, slice) else list(rows)
-        return Batches(addresses.map(_FetchRows(items, rows, exact)), data.threads, data.prefetch, data.workers)
-
-
-@dataclasses.dataclass(frozen=True)
-class _FetchRows:
-    """Maps the addresses of a global batch to this host's rows of the batch itself; `exact`: in it replaced examples weigh 0."""
-
-    items: Items
-    rows: Rows
-    exact: bool
-
-    def __call__(self, address: Address) -> Batch:
-        batch, replaced_B = self.items.fetch(address["item_BxS"][self.rows], address["weight_B"][self.rows])
-        replaced_B = replaced_B & (batch["weight_B"] > 0)  # not the copies that fill up the last batch
-        if self.exact:
-            batch["weight_B"][replaced_B] = 0
-        return batch | {REPLACED: replaced_B}
+        each = -(-data.prefetch // data.workers) if data.workers else data.prefetch
+        # grain warns about threads beyond the buffer.
+        options = grain.ReadOptions(num_threads=min(data.threads, each), prefetch_buffer_size=each)
+        stream = addresses.map(FetchRows(items, rows, exact)).to_iter_dataset(options)
+        if data.workers:
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, each)))
+        return Batches(iter(stream), items.reading, name, first)
