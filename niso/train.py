@@ -1,21 +1,18 @@
 """The loop, read top to bottom. Order within a step: update, log, evaluate, save, leave if the machine is being taken away."""
 
 import contextlib
-import math
 
 import jax
-import jax.numpy as jnp
-from jax import Array
 
 from niso import checkpoint, metrics, sharding
 from niso.checkpoint import Checkpoints
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
 from niso.data.stream import Examples
-from niso.errors import UserError
 from niso.journal import Journal, due
 from niso.metrics import Metrics
 from niso.replicas import Replicas
+from niso.soundness import Soundness
 from niso.step import Program, TrainState
 from niso.telemetry import Telemetry
 
@@ -58,7 +55,8 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
 def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal: Journal, state: TrainState) -> int:
     """The steps that are left of a run, from `state`; returns the exit code."""
     e, telemetry = program.experiment, journal.telemetry
-    start = sound = int(state.step)  # sound: the last step known to be finite
+    start = int(state.step)
+    soundness = Soundness(program, dataset, checkpoints, start)
     if start == 0:
         journal.evaluate(0, state)
     with program.replicas.train_batches(dataset.train_batches, e.batch, start, e.steps) as batches:
@@ -69,6 +67,7 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
                 batch = next(batches)
             previous = window
             state, window = program.train(state, program.place(batch))
+            soundness.remember(step, window)
             jax.block_until_ready(previous)  # at most two steps in flight: batches do not pile up
             telemetry.tick(step)
 
@@ -80,13 +79,11 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
             save_now = due(step, e.checkpoint.every, e.steps) or leave
             for at, measured in filter(None, (late, pending if evaluate_now or save_now else None)):
                 values = metrics.by_replica(measured)
-                check_finite(at, sound, values, None, checkpoints)
+                soundness.check(at, values)
                 journal.log(at, values)
-                sound = at
             if evaluate_now or save_now:
                 pending = None
-                check_finite(step, sound, metrics.by_replica(window), state, checkpoints)
-                sound = step
+                soundness.check(step, metrics.by_replica(window), state)
             if evaluate_now:
                 journal.evaluate(step, state)
             if save_now:
@@ -97,23 +94,3 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
                 return PREEMPTED
     journal.close()
     return 0
-
-
-def check_finite(step: int, sound: int, values: list[dict], state: TrainState | None, checkpoints: Checkpoints) -> None:
-    """Stops the run if a metric of the steps after `sound`, or anything in the state about to be used or saved, is not finite."""
-    broken = sorted({name for of_one in values for name, value in of_one.items() if not math.isfinite(value)})
-    if not broken and state is not None and not _all_finite(state):
-        broken = ["parameters or optimiser state"]
-    if broken:
-        raise UserError(
-            f"{', '.join(broken)} not finite in steps {sound + 1} to {step}; nothing of them was saved, "
-            f"{checkpoints.newest()}: lower optimizer.peak, set optimizer.clip=1.0 or a task.ridge of 1e-4, "
-            "then resume with --accept_config_changes"
-        )
-
-
-@jax.jit
-def _all_finite(state: TrainState) -> Array:
-    """Whether every floating-point number of the state is finite: a finite loss says nothing of the update after it."""
-    numbers = [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.inexact)]
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in numbers]))

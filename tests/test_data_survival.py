@@ -347,3 +347,28 @@ def test_what_takes_long_is_named_while_it_does(clean, way, monkeypatch, capfd):
 def test_nothing_is_said_when_all_is_well(clean, capfd):
     train(clean)
     assert capfd.readouterr().err == ""
+
+
+# What items are called
+
+
+def test_every_item_of_a_batch_has_its_name(clean, images):
+    """Of any batch of a stream, without reading anything."""
+    dataset = pipeline.open_dataset(data(clean))
+    for n, batch in enumerate(train(clean, seed=3, steps=30)):
+        assert [name.partition(" (")[0] for name in dataset.name_batch(batch=4, seed=3, n=n)] == [
+            f"frames {a}, {a + k + 1} of sequence s{s}" for s, a, k in shown(batch)
+        ]
+    index = {one.name: one for one in records.read_index(clean, "train")}
+    _, a, b, name, record, other, shard = re.fullmatch(
+        r"(frames) (\d), (\d) of sequence (s\d) \(records (\d+), (\d+) of (.*)\)", dataset.name_batch(batch=4, seed=3, n=29)[0]
+    ).groups()  # type: ignore[union-attr]
+    assert (shard, int(record) - int(a), int(other) - int(b)) == (index[name].shard, index[name].start, index[name].start)
+    gallery = pipeline.open_dataset(test_stills.data(images))
+    names = gallery.name_batch(batch=3, seed=0, n=2)
+    assert len(names) == 3 * test_stills.STACK
+    for name in names:
+        number, record, part = map(int, re.fullmatch(r"image (\d+) \(record (\d+) of train-(\d+)-of-00003\S*\)", name).groups())  # type: ignore[union-attr]
+        assert number == record + (13 if part == 2 else 0)
+    clean_order = pipeline.open_dataset(test_stills.data(images))._addresses(3, 0, 3)[2]["item_BxS"].ravel().tolist()
+    assert [int(name.split()[1]) for name in names] == clean_order

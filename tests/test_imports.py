@@ -20,7 +20,7 @@ BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "ni
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal", "niso.optimizer", "niso.sharding",
-    "niso.step", "niso.telemetry", "niso.inference", "niso.sequences", "niso.replicas",
+    "niso.soundness", "niso.step", "niso.telemetry", "niso.inference", "niso.sequences", "niso.replicas",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "niso": set(),

@@ -222,6 +222,9 @@ class _Batches:
 
     replaced = None
 
+    def name_batch(self, *, batch: int, seed: int, n: int) -> list[str]:
+        return [f"record {8 * n + b}" for b in range(batch)]
+
     def train_batches(self, **options: Any) -> "_Batches":
         return self
 

@@ -175,6 +175,12 @@ class Examples(abc.ABC):
             .batch(each, drop_remainder=True, batch_fn=functools.partial(train_addresses, self._stack))
         )
 
+    def name_batch(self, *, batch: int, seed: int, n: int) -> list[str]:
+        """What the items of global training batch n are called, in its order; with data.unreadable=skip others may stand in for
+        some of them."""
+        item_BxS = self._addresses(batch, seed, n + 1)[n]["item_BxS"]
+        return [self._train_items.name(item) for item in item_BxS.ravel().tolist()]
+
     def test_batches(self, *, batch: int, rows: Rows) -> Batches:
         """This host's rows of the evaluated examples: each of the test_size ones once, in a fixed order.
 

@@ -3,7 +3,7 @@
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Mapping
 
 LIMIT = 30.0  # seconds until something is said to take long; then again after twice as long, and so on
 
@@ -17,7 +17,7 @@ class Watchdog:
         limit: Seconds.
     """
 
-    def __init__(self, begun: Callable[[], Mapping[Hashable, float]], describe: Callable[[Hashable, float], str], limit: float):
+    def __init__(self, begun: Callable[[], Mapping[str, float]], describe: Callable[[str, float], str], limit: float):
         self._begun, self._describe, self._limit = begun, describe, limit
         self._closed = threading.Event()
         threading.Thread(target=self._watch, name="niso-watchdog", daemon=True).start()
@@ -27,7 +27,7 @@ class Watchdog:
         self._closed.set()
 
     def _watch(self) -> None:
-        said: dict[tuple[Hashable, float], int] = {}  # how often
+        said: dict[tuple[str, float], int] = {}  # how often
         while not self._closed.wait(self._limit / 10):
             said = {task: said.get(task, 0) for task in self._begun().items()}
             for (what, since), times in said.items():
