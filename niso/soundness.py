@@ -76,7 +76,7 @@ class Soundness:
         seed = self._program.replicas.seeds[replica]
         items = self._dataset.name_batch(batch=e.batch, seed=seed, n=step - 1)
         more = f" and {len(items) - NAMED} more" if len(items) > NAMED else ""
-        of = f" of the replica with seed {seed}" if e.seeds > 1 else ""
+        of = f" of the replica with seed {seed}" if self._program.replicas.count > 1 else ""
         return f". It began in step {step}{of}, on {'; '.join(items[:NAMED])}{more}"
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from absl import flags
 
-from niso import sequences
+from niso import journal, sequences
 from niso.data import pipeline, reading, records, watchdog
 from niso.data.windows import Windows
 from niso.errors import UserError
@@ -236,6 +236,15 @@ def test_a_run_goes_on_and_says_what_it_skipped(tmp_path):
     assert f"evaluation at step 16: {lost} of {runs.TEST_PAIRS} test examples cannot be read and are left out" in ended.out
     read = [count for name, count in map(json.loads, counts.read_text().splitlines()) if name == "equivariance_error"]
     assert set(read) == {runs.TEST_PAIRS - lost}
+
+
+def test_every_skipped_example_counts_once_over_all_processes(monkeypatch):
+    """Whether they divide the rows of a batch between them or read the same ones, as along mesh.space."""
+    split = (((1, 2), [(2, 2)], 3), ((1, 2), [(1, 2), (2, 2), (2, 2)], 3), ((3, 4), [(3, 4)], 3), ((5, 4), [], 5))
+    for mine, others, total in split:
+        everyone = lambda row, others=others: np.array([row, *others])  # noqa: E731
+        monkeypatch.setattr(journal.multihost_utils, "process_allgather", everyone)
+        assert journal.Journal._everywhere(None, *mine, 4) == total  # type: ignore[arg-type]
 
 
 # ... of still images

@@ -75,7 +75,7 @@ def test_the_first_bad_step_of_a_run_is_named_with_its_batch(tmp_path, monkeypat
 
 def sound(count: int = 1, batch: int = 4) -> Soundness:
     """Of a run of some replicas at step 3, on a data set of numbers."""
-    experiment = SimpleNamespace(batch=batch, seeds=count)
+    experiment = SimpleNamespace(batch=batch)
     program = SimpleNamespace(experiment=experiment, replicas=Replicas(mesh_of(1), 5, count))
     dataset = SimpleNamespace(name_batch=lambda *, batch, seed, n: [f"{seed}/{n}/{b}" for b in range(batch)])
     return Soundness(program, dataset, Silent(), 3)  # type: ignore[arg-type]
