@@ -6,8 +6,10 @@ the number of the copy.
 """
 
 import dataclasses
+import itertools
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import cast
 
 import numpy as np
@@ -15,7 +17,7 @@ import numpy as np
 from niso.data import datasets, records
 from niso.data.reading import Reading
 from niso.data.stream import Batch, Examples, Source, check_records, find_records
-from niso.errors import UserError
+from niso.errors import RecordError, UserError
 
 IMAGE, LABEL = "image_HxWxC", "label"
 TAKEN = ""  # among entries of records: the numbers of the images that they are of
@@ -130,7 +132,7 @@ class Gallery:
         if gallery.size < stack:
             remedy = f"prepare more images, or set --config.data.stack to at most {gallery.size}"
             raise UserError(f"the {name} split of {root} has {gallery.size} images, an example is a stack of {stack}: {remedy}")
-        return dataclasses.replace(gallery, stored=gallery._read(np.arange(gallery.size))) if in_memory else gallery
+        return dataclasses.replace(gallery, stored=gallery._read_all()) if in_memory else gallery
 
     @property
     def size(self) -> int:
@@ -174,14 +176,36 @@ class Gallery:
 
     def _read(self, item_N: np.ndarray) -> Batch:
         """The entries of the records of these images, and which images these are (TAKEN)."""
+        return self._gather(map(self._readable, item_N.tolist()), len(item_N))
+
+    def _read_all(self) -> Batch:
+        """The same as `_read` of all numbers, a sequence at a time."""
+        return self._gather(itertools.chain.from_iterable(map(self._whole, range(len(self.end_S)))), self.size)
+
+    def _gather(self, found: Iterable[tuple[int, records.Example]], count: int) -> Batch:
         schema = self.reader.schema
-        entries = {n: np.empty((len(item_N), *cast(tuple[int, ...], field.shape)), field.dtype) for n, field in schema.items()}
-        entries[TAKEN] = np.empty(len(item_N), np.int64)
-        for n, item in enumerate(item_N.tolist()):
-            entries[TAKEN][n], example = self.reading.read(item, self.size, self.read_one, self.name)
+        entries = {n: np.empty((count, *cast(tuple[int, ...], field.shape)), field.dtype) for n, field in schema.items()}
+        entries[TAKEN] = np.empty(count, np.int64)
+        for n, (taken, example) in enumerate(found):
+            entries[TAKEN][n] = taken
             for name, value in example.items():
                 entries[name][n] = value
         return entries
+
+    def _readable(self, item: int) -> tuple[int, records.Example]:
+        return self.reading.read(item, self.size, self.read_one, self.name)
+
+    def _whole(self, place: int) -> Iterable[tuple[int, records.Example]]:
+        """All images of a sequence."""
+        sequence, end = self.reader.sequences[place], int(self.end_S[place])
+        items = range(end - sequence.length, end)
+        try:
+            found = self.reader.read(sequence.shard, range(sequence.start, sequence.start + sequence.length))
+        except RecordError:
+            if not self.reading.skip:
+                raise
+            return map(self._readable, items)
+        return zip(items, found, strict=True)
 
     def read_one(self, item: int) -> records.Example:
         """The record of the image with this number."""
