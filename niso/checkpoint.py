@@ -1,32 +1,25 @@
-"""Checkpoints: resume, warm start, save, preemption. The only file that touches the checkpoint folder, and orbax.
+"""Checkpoints: resume, save, preemption. The only file that writes into the checkpoint folder.
 
 A checkpoint is the TrainState and the resolved config; its step is the position in the data stream. It is written
 asynchronously under a temporary name and renamed when complete, so a kill at any moment leaves only whole checkpoints.
 """
 
-import contextlib
 import json
 import logging
 import os
 import signal
-from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from jax import Array
-from jax.sharding import Sharding
 from orbax.checkpoint import args as ocp_args
 
-from niso import __version__, config, tree
+from niso import __version__, config
+from niso.checkpoint_files import FOLDER, check_shapes
 from niso.errors import UserError
 from niso.step import Program, TrainState
-from niso.tasks.base import Task
-
-FOLDER = "checkpoints"
 
 
 class Checkpoints:
@@ -81,7 +74,7 @@ class Checkpoints:
         wanted = _structs(program)
         saved = self.manager.item_metadata(step)["state"]
         here, there = _shapes(wanted), _shapes(saved.tree if hasattr(saved, "tree") else saved)
-        _check_shapes(here, there, f"{self.folder}/{step}", sorted(there.keys() - here.keys()))
+        check_shapes(here, there, f"{self.folder}/{step}", sorted(there.keys() - here.keys()))
         restored = self.manager.restore(step, args=ocp_args.Composite(state=ocp_args.StandardRestore(wanted)))
         return restored["state"]
 
@@ -127,113 +120,6 @@ class Checkpoints:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a second one ends a run that hangs
 
 
-def warm_start(spec: tuple[tuple[str, str], ...], program: Program) -> dict[str, Array]:
-    """Parameters by path that finished runs provide: for each (pattern, run directory), those whose path matches.
-
-    Raises:
-      UserError: no checkpoint there, a pattern that matches nothing, a parameter of another shape or meaning.
-    """
-    taken: dict[str, Array] = {}
-    replicas = program.replicas
-    for (pattern, run), path in zip(spec, check_sources(spec), strict=True):
-        wanted = {name: shape for name, shape in program.parameter_shapes.items() if tree.match(pattern, name)}
-        if not wanted:
-            raise UserError(f"task.warm_start: {pattern!r} matches no parameter of this model")
-        place = {name: program.parameter_sharding[name] for name in wanted}
-        saved = saved_config(path)
-        there = replicas_of(saved)
-        if there not in (1, replicas.count):
-            raise UserError(
-                f"task.warm_start: {run} has seeds={there} replicas, here there are {replicas.count}; set --config.seeds={there}"
-            )
-        if there == replicas.count:
-            taken |= parameters(path, replicas.stack(wanted), replicas.place(place))
-        else:  # of one run for every replica
-            one = parameters(path, wanted, place)
-            taken |= jax.jit(partial(jax.tree.map, replicas.repeat), out_shardings=replicas.place(place))(one)
-        _check_agreement(run, saved["task"], program.task)
-    return taken
-
-
-def replicas_of(saved: dict[str, Any]) -> int:
-    """How many replicas a run with this saved config has; their arrays have a leading axis where it is more than one."""
-    return saved.get("seeds", 1)
-
-
-def check_sources(spec: tuple[tuple[str, str], ...]) -> list[Path]:
-    """The checkpoints that a warm start takes from, looked for before anything slow is done.
-
-    Raises:
-      UserError: a run has none.
-    """
-    try:
-        return [find(run) for _, run in spec]
-    except UserError as error:
-        raise UserError(f"task.warm_start: {error}") from None
-
-
-def _check_agreement(run: str, saved: dict[str, Any], task: Task) -> None:
-    """Raises UserError where keys that give parameters their meaning, though not their shapes, differ from the run's."""
-    now = json.loads(json.dumps({key: getattr(task, key) for key in task.inherited()}))  # tuples as lists, as in the saved ones
-    for key, value in now.items():
-        if key in saved and saved[key] != value:
-            raise UserError(
-                f"task.warm_start: {run} was trained with task.{key}={saved[key]}, here it is {value}; "
-                f"set --config.task.{key}={saved[key]}, or start from another run"
-            )
-
-
-def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
-    """The folder of a run's checkpoint: of its newest one, or of that after `step` updates.
-
-    Raises:
-      UserError: there is none.
-    """
-    folder = Path(run).absolute() / FOLDER
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
-    if not steps:
-        raise UserError(f"no checkpoint in {folder}; train that run first")
-    if step is not None and step not in steps:
-        raise UserError(f"no checkpoint of step {step} in {folder}; there are {', '.join(map(str, steps))}")
-    return folder / str(steps[-1] if step is None else step)
-
-
-def saved_config(path: Path) -> dict[str, Any]:
-    """The resolved config that a checkpoint was made under; tuples have become lists.
-
-    Raises:
-      UserError: it cannot be read.
-    """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(path / "meta")["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the config of the checkpoint {path} cannot be read ({str(error).splitlines()[0][:200]})") from error
-
-
-def parameters(path: Path, wanted: dict[str, Any], place: Mapping[str, Sharding]) -> dict[str, Array]:
-    """Some of a checkpoint's parameters by path, trained or frozen there, and nothing else of it, where `place` wants them.
-
-    Args:
-      wanted: path -> what has the parameter's shape and dtype.
-
-    Raises:
-      UserError: one is absent there, or of another shape.
-    """
-    path = path / "state"
-    # Not PyTreeCheckpointer().metadata: that warns, on the terminal, of a file that a manager keeps one folder further up.
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = _flat_params(reader.metadata(path).tree)
-        _check_shapes({n: s.shape for n, s in wanted.items()}, {n: tuple(s.shape) for n, (s, _) in saved.items()}, str(path))
-        item: dict[str, dict] = {}
-        for name, leaf in wanted.items():
-            struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
-            item.setdefault(saved[name][1], {})[name] = struct
-        args = ocp_args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
-        restored = reader.restore(path, args=args)
-    return {name: leaf for part in restored.values() for name, leaf in part.items()}
-
-
 def write_config(workdir: str, resolved: dict[str, Any]) -> None:
     """The resolved config as `workdir`/config.json, replaced in one move."""
     path = Path(workdir) / "config.json"
@@ -259,18 +145,3 @@ def _structs(program: Program) -> TrainState:
 def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
     leaves = jax.tree_util.tree_flatten_with_path(state)[0]
     return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
-
-
-def _flat_params(saved: Any) -> dict[str, tuple[Any, str]]:
-    """Path -> (metadata, "params" or "frozen")."""
-    return {name: (leaf, part) for part in ("params", "frozen") for name, leaf in (saved.get(part) or {}).items()}
-
-
-def _check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str, surplus: Sequence[str] = ()) -> None:
-    """Raises UserError naming the first leaf that differs: orbax itself would print a thousand lines."""
-    for name in (*wanted, *surplus):
-        here, there = wanted.get(name, "absent"), saved.get(name, "absent")
-        if here != there:
-            raise UserError(
-                f"{where} does not fit this model: {name} is {there} there and {here} here; use the config that it was made with"
-            )

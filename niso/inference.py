@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from niso import checkpoint, config, sharding, tree
+from niso import checkpoint_files, config, sharding, tree
 from niso.errors import UserError
 from niso.tasks.base import Task
 from niso.tasks.latent import Latent
@@ -216,19 +216,19 @@ def load(run: str | os.PathLike[str], step: int | None = None, replica: int = 0)
     """
     if not os.path.isdir(run):
         raise UserError(f"no run in {run}: there is no such folder")
-    path = checkpoint.find(run, step)
-    saved = checkpoint.saved_config(path)
+    path = checkpoint_files.find(run, step)
+    saved = checkpoint_files.saved_config(path)
     try:
         task = config.make_task(saved["task"])
     except UserError as error:
         raise UserError(f"{path} is of another version of niso: {error}") from error
     graphdef, shapes = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(0))))
-    here, count = jnp.zeros(()).sharding, checkpoint.replicas_of(saved)
+    here, count = jnp.zeros(()).sharding, checkpoint_files.replicas_of(saved)
     if not 0 <= replica < count:
         raise UserError(f"{run} has no replica {replica}: choose one from 0 to {count - 1}")
     if count > 1:
         shapes = {name: jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype) for name, leaf in shapes.items()}
-    params = checkpoint.parameters(path, shapes, dict.fromkeys(shapes, here))
+    params = checkpoint_files.parameters(path, shapes, dict.fromkeys(shapes, here))
     return Model(task, graphdef, params if count == 1 else {name: leaf[replica] for name, leaf in params.items()})
 
 

@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 
-from niso import checkpoint, metrics, sharding
+from niso import checkpoint, metrics, sharding, warm_start
 from niso.checkpoint import Checkpoints
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
@@ -35,12 +35,12 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
             if primary:
                 print(f"{workdir}: this run is finished ({done} steps); see it with: tensorboard --logdir {workdir}")
             return 0
-        checkpoint.check_sources(() if done else experiment.task.warm_start)
+        warm_start.check_sources(() if done else experiment.task.warm_start)
         mesh = sharding.make_mesh(experiment.mesh)
         Replicas(mesh, experiment.seed, experiment.seeds).check_batch(experiment.batch, experiment.optimizer.accumulate)
         dataset = open_dataset(experiment.data)
         program = Program(experiment, mesh, dataset.batch_shapes(experiment.batch))
-        state = checkpoints.restore(program) if done else program.init(checkpoint.warm_start(program.task.warm_start, program))
+        state = checkpoints.restore(program) if done else program.init(warm_start.take(program.task.warm_start, program))
         if primary:
             checkpoint.write_config(workdir, experiment.resolved)
         telemetry = stack.enter_context(Telemetry(

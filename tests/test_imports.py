@@ -19,8 +19,9 @@ BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "ni
     "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure", "niso.trajectory_files",
 }  # fmt: skip
 THREE = {
-    "niso.checkpoint", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal", "niso.optimizer", "niso.sharding",
-    "niso.soundness", "niso.step", "niso.telemetry", "niso.inference", "niso.sequences", "niso.replicas",
+    "niso.checkpoint", "niso.checkpoint_files", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal",
+    "niso.optimizer", "niso.sharding", "niso.step", "niso.telemetry", "niso.inference", "niso.sequences", "niso.replicas",
+    "niso.soundness", "niso.warm_start",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "niso": set(),
@@ -113,7 +114,7 @@ DOORS: dict[str, set[str]] = {
     "imageio_ffmpeg": {"niso.data.frames"},  # an optional extra
     "ml_collections": {"niso.config", "configs"},
     "optax": {"niso.optimizer", "niso.step"},
-    "orbax": {"niso.checkpoint"},
+    "orbax": {"niso.checkpoint", "niso.checkpoint_files"},
     # MATLAB's files; sparse matrices of meshes. It comes with jax.
     "scipy": {"data_prep.homnist_mat", "data_prep.surface", "data_prep.conformal"},
     "sklearn": {"data_prep.samples"},  # an optional extra

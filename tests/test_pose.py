@@ -16,8 +16,8 @@ from jax.sharding import PartitionSpec
 
 from configs.pose_encode import get_config as get_encode_config
 from configs.pose_pred import VARIANTS, get_config
-from niso import metrics, tree
-from niso.checkpoint import Checkpoints, warm_start
+from niso import metrics, tree, warm_start
+from niso.checkpoint import Checkpoints
 from niso.config import Experiment
 from niso.errors import UserError
 from niso.geometry import trajectory
@@ -330,7 +330,7 @@ def finished_encode(workdir: pathlib.Path) -> dict[str, np.ndarray]:
 def test_it_goes_on_from_pose_encode(tmp_path: pathlib.Path) -> None:
     source = finished_encode(tmp_path / "encode")
     spec = (("(encoder|operator)/.*", str(tmp_path / "encode")),)
-    taken = warm_start(spec, program())
+    taken = warm_start.take(spec, program())
     assert set(taken) == set(program().state_shapes.frozen) == set(source)
     for name, value in source.items():
         assert np.asarray(taken[name]).tobytes() == value.tobytes(), name
@@ -339,7 +339,7 @@ def test_it_goes_on_from_pose_encode(tmp_path: pathlib.Path) -> None:
         ("encode", {"task__rank": 3}, r"operator/basis is \(16, 4\) there and \(16, 3\) here"),
     ):
         with pytest.raises(UserError, match=message) as caught:
-            warm_start(((spec[0][0], str(tmp_path / run)),), program(**changes))
+            warm_start.take(((spec[0][0], str(tmp_path / run)),), program(**changes))
         assert "\n" not in str(caught.value)
 
 

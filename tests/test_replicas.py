@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 import niso
-from niso import checkpoint, metrics
+from niso import checkpoint_files, metrics, warm_start
 from niso.errors import UserError
 from niso.replicas import Replicas, mean_and_error
 from niso.step import Program, TrainState
@@ -193,10 +193,10 @@ def test_a_replica_is_loaded_and_warms_others_up(run: Path) -> None:
     def warmed(source: Path, seeds: int) -> dict[str, jax.Array]:
         small = {"data__size": 8, "task__widths": (4,)}
         p = tiny.program(seeds=seeds, task__warm_start=(("operator/.*", str(source)),), **small)
-        return checkpoint.warm_start(p.task.warm_start, p)
+        return warm_start.take(p.task.warm_start, p)
 
     taken = warmed(run, 2)
-    saved = checkpoint.parameters(checkpoint.find(run), *wanted(taken))
+    saved = checkpoint_files.parameters(checkpoint_files.find(run), *wanted(taken))
     np.testing.assert_array_equal(taken["operator/basis"], saved["operator/basis"])
     with pytest.raises(UserError, match=r"has seeds=2 replicas, here there are 3; set --config.seeds=2"):
         warmed(run, 3)
@@ -207,7 +207,7 @@ def test_one_run_warms_up_every_replica(tmp_path: Path) -> None:
     assert runs.run(tmp_path, steps=5).code == 0
     small = {"data__size": 8, "task__widths": (4,)}
     p = tiny.program(seeds=3, task__warm_start=(("operator/.*", str(tmp_path)),), **small)
-    taken = checkpoint.warm_start(p.task.warm_start, p)
+    taken = warm_start.take(p.task.warm_start, p)
     state = p.init(taken)
     one = np.asarray(taken["operator/basis"])[0]
     assert all(np.array_equal(one, each) for each in np.asarray(state.params["operator/basis"]))

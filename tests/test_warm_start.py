@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from niso.checkpoint import warm_start
+from niso import warm_start
 from niso.errors import UserError
 from tests import runs
 
@@ -39,7 +39,7 @@ def test_frozen_parameters_stay_and_never_reach_the_optimizer(tmp_path) -> None:
 def test_parameters_arrive_bit_for_bit_on_any_mesh(mesh: tuple[int, int]) -> None:
     """Two parts of a model from two runs, one of which was made on eight devices."""
     spec = (("operator/.*", str(runs.unbroken())), ("encoder/stem/.*", str(runs.unbroken(8))))
-    taken = warm_start(spec, runs.program(*mesh))
+    taken = warm_start.take(spec, runs.program(*mesh))
     sources = {"operator": runs.arrays(runs.unbroken(), runs.STEPS), "encoder": runs.arrays(runs.unbroken(8), runs.STEPS)}
     assert sorted(taken) == ["encoder/stem/bias", "encoder/stem/kernel", "operator/basis", "operator/eigenvalue", "operator/mass"]
     for name, value in taken.items():
@@ -49,7 +49,7 @@ def test_parameters_arrive_bit_for_bit_on_any_mesh(mesh: tuple[int, int]) -> Non
 
 def refusal(spec: tuple, tmp_path: pathlib.Path, **changes: Any) -> str:
     with pytest.raises(UserError) as caught:
-        warm_start(spec, runs.program(1, **changes))
+        warm_start.take(spec, runs.program(1, **changes))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
