@@ -1,25 +1,33 @@
 """Checkpoints: resume, save, preemption. The only file that writes into the checkpoint folder.
 
 A checkpoint is the TrainState and the resolved config; its step is the position in the data stream. It is written
-asynchronously under a temporary name and renamed when complete, so a kill at any moment leaves only whole checkpoints.
+asynchronously under a temporary name and renamed when complete, so a kill at any moment leaves only whole checkpoints. Where a
+disk has damaged one nevertheless, the run goes on from the one before.
 """
 
 import json
 import logging
 import os
 import signal
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
 
-from niso import __version__, config
-from niso.checkpoint_files import FOLDER, check_shapes
+from niso import __version__, checkpoint_files, config
+from niso.checkpoint_files import FOLDER, DamagedError
 from niso.errors import UserError
 from niso.step import Program, TrainState
+
+UNREADABLE = "unreadable_checkpoints"  # beside the folder of the others
+T = TypeVar("T")
 
 
 class Checkpoints:
@@ -38,30 +46,26 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write the run's folder {workdir}: {error}; choose another with --workdir") from None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        # Without handlers named here, a manager that has saved nothing yet cannot tell the shapes of what is there.
-        handlers = {"state": ocp.StandardCheckpointHandler(), "meta": ocp.JsonCheckpointHandler()}
-        self.manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
+        self.manager = ocp.CheckpointManager(self.folder, options=options)
         self._terminated = False
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
             self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
 
     def latest(self) -> int | None:
-        """Step of the newest checkpoint, None where there is none."""
-        return self.manager.latest_step()
+        """Step of the newest checkpoint, None where there is none: what process 0 sees is so for all, who have to ask together."""
+        return max(self._steps(), default=None)
 
     def newest(self) -> str:
         """The same, for a person who has to go on from there."""
-        step = self.latest()
+        step = self.manager.latest_step()
         return "there is no checkpoint yet" if step is None else f"the newest checkpoint is step {step}"
 
     def check_config(self, resolved: dict[str, Any], accept_changes: bool) -> None:
         """Raises UserError, with the differences, where the newest checkpoint was made under another config."""
-        step = self.latest()
-        if step is None or accept_changes:
+        if accept_changes or self.latest() is None:
             return
-        meta = self.manager.restore(step, args=ocp_args.Composite(meta=ocp_args.JsonRestore()))["meta"]
-        changes = config.difference(meta["config"], resolved)
+        changes = config.difference(self._first_sound(checkpoint_files.saved_config), resolved)
         if changes:
             raise UserError(
                 f"{self.folder.parent} holds a run with another config ({'; '.join(changes)}): choose another --workdir, "
@@ -69,18 +73,16 @@ class Checkpoints:
             )
 
     def restore(self, program: Program) -> TrainState:
-        """The newest checkpoint's state, on the program's mesh whatever mesh it was saved from, bit for bit."""
-        step = self.latest()
-        wanted = _structs(program)
-        saved = self.manager.item_metadata(step)["state"]
-        here, there = _shapes(wanted), _shapes(saved.tree if hasattr(saved, "tree") else saved)
-        check_shapes(here, there, f"{self.folder}/{step}", sorted(there.keys() - here.keys()))
-        restored = self.manager.restore(step, args=ocp_args.Composite(state=ocp_args.StandardRestore(wanted)))
-        return restored["state"]
+        """The newest sound checkpoint's state, on the program's mesh whatever mesh it was saved from, bit for bit."""
+        wanted = jax.tree.map(
+            lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
+            program.state_shapes, program.state_sharding,
+        )  # fmt: skip
+        return self._first_sound(lambda path: checkpoint_files.state(path, wanted))
 
     def save(self, step: int, state: TrainState, resolved: dict[str, Any]) -> None:
         """Starts writing the state after `step` updates; returns once it is copied from the devices."""
-        meta = {"config": _jsonable(resolved), "niso": __version__}
+        meta = checkpoint_files.write_meta(resolved, __version__, state)
         try:
             self.manager.save(
                 step, args=ocp_args.Composite(state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)), force=True
@@ -106,6 +108,56 @@ class Checkpoints:
                 signal.signal(signal.SIGTERM, self._previous_handler)
                 self._previous_handler = None
 
+    def _steps(self) -> list[int]:
+        """Steps of the checkpoints; in several processes those that the first one sees."""
+        steps = list(self.manager.all_steps())
+        if jax.process_count() > 1:
+            count = int(multihost_utils.broadcast_one_to_all(np.int32(len(steps))))
+            steps = multihost_utils.broadcast_one_to_all(np.resize(np.asarray(steps, np.int32), count)).tolist() if count else []
+        return steps
+
+    def _first_sound(self, read: Callable[[Path], T]) -> T:
+        """What `read` makes of the newest checkpoint that it can; newer ones are moved aside, which is said.
+
+        Raises:
+          UserError: there is no such checkpoint; nothing has been moved.
+        """
+        damaged: list[tuple[int, str]] = []
+        for step in sorted(self._steps(), reverse=True):
+            try:
+                found = read(self.folder / str(step))
+            except DamagedError as error:
+                damaged.append((step, error.reason))
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            return found
+        listed = "; ".join(f"{step}: {reason}" for step, reason in damaged)
+        raise UserError(
+            f"no checkpoint in {self.folder} can be used ({listed}): put a copy in its place, or choose another --workdir to "
+            "train from scratch"
+        )
+
+    def _set_aside(self, damaged: list[tuple[int, str]], sound: int) -> None:
+        # orbax skips steps that it has already; and a run that finds nothing to go on from must not start from scratch, so this
+        # is done only once there is something, and the newest goes first.
+        if jax.process_index() == 0:
+            for step, reason in damaged:
+                aside = self.folder.parent / UNREADABLE
+                print(
+                    f"niso: checkpoint {step} cannot be used ({reason}); going on from {sound}, and it goes to {aside}",
+                    file=sys.stderr, flush=True,
+                )  # fmt: skip
+                try:
+                    aside.mkdir(exist_ok=True)
+                    taken = sum(path.name.partition(".")[0] == str(step) for path in aside.iterdir())
+                    (self.folder / str(step)).rename(aside / (f"{step}.{taken}" if taken else str(step)))
+                except OSError as error:
+                    raise UserError(f"cannot move {self.folder}/{step} to {aside}: {error.strerror}; move it by hand") from None
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self.manager.reload()
+
     def _failed(self, error: Exception) -> UserError:
         # Its many other writers failed in the same way; asyncio would print each of them when it is collected.
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
@@ -125,23 +177,7 @@ def write_config(workdir: str, resolved: dict[str, Any]) -> None:
     path = Path(workdir) / "config.json"
     temporary = path.with_suffix(".tmp")
     try:
-        temporary.write_text(json.dumps(_jsonable(resolved), indent=2) + "\n")
+        temporary.write_text(json.dumps(checkpoint_files.jsonable(resolved), indent=2) + "\n")
         temporary.replace(path)
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}; make room there, then run the same command again") from None
-
-
-def _jsonable(resolved: dict[str, Any]) -> dict[str, Any]:
-    return json.loads(json.dumps(resolved))
-
-
-def _structs(program: Program) -> TrainState:
-    return jax.tree.map(
-        lambda leaf, place: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place),
-        program.state_shapes, program.state_sharding,
-    )  # fmt: skip
-
-
-def _shapes(state: Any) -> dict[str, tuple[int, ...]]:
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}

@@ -1,25 +1,42 @@
-"""What finished checkpoints hold, read without the run that made them."""
+"""What finished checkpoints hold, read without the run that made them: exactly what was saved, or an error.
+
+A checkpoint is a folder with the arrays of a TrainState in `state` and, in `meta`, the resolved config, a checksum of every
+array and one of all this. Those of an older niso have no checksums, and are read without.
+"""
 
 import contextlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from jax import Array
+from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint import args as ocp_args
 
+from niso import checksums
 from niso.errors import UserError
 
 FOLDER = "checkpoints"
+Shapes = dict[str, tuple[int, ...]]  # by path
+T = TypeVar("T")
 
 
-def replicas_of(saved: dict[str, Any]) -> int:
-    """How many replicas a run with this saved config has; their arrays have a leading axis where it is more than one."""
-    return saved.get("seeds", 1)
+class DamagedError(UserError):
+    """A checkpoint that cannot be read, or not as it was saved; `reason` says why."""
+
+    def __init__(self, path: Path, reason: str):
+        self.reason = reason
+        super().__init__(
+            f"the checkpoint {path} cannot be used ({reason}): move it away, then run the training command again or take an "
+            "older checkpoint"
+        )
 
 
 def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
@@ -37,17 +54,55 @@ def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
     return folder / str(steps[-1] if step is None else step)
 
 
+def write_meta(resolved: dict[str, Any], version: str, state: Any) -> dict[str, Any]:
+    """What `meta` holds for a state made under the resolved config; all processes have to call it."""
+    meta = {"config": jsonable(resolved), "niso": version, "arrays": checksums.of(state)}
+    return meta | {"checksum": _checksum(meta)}
+
+
+def read_meta(path: Path) -> dict[str, Any]:
+    """What `meta` holds: "config", and in checkpoints with checksums "arrays", {path: [shape, checksum]}. Tuples are lists.
+
+    Raises:
+      DamagedError: it cannot be read.
+    """
+
+    def read() -> dict[str, Any]:
+        with contextlib.closing(ocp.JsonCheckpointHandler()) as reader:
+            meta = reader.restore(path / "meta", args=ocp_args.JsonRestore())
+        if not isinstance(meta["config"], dict):
+            raise ValueError("no config in it")
+        if ("arrays" in meta or "checksum" in meta) and meta.pop("checksum") != _checksum(meta):
+            raise ValueError("meta is not as it was saved")
+        return meta
+
+    return _together(path, read)
+
+
 def saved_config(path: Path) -> dict[str, Any]:
     """The resolved config that a checkpoint was made under; tuples have become lists.
 
     Raises:
-      UserError: it cannot be read.
+      DamagedError: it cannot be read.
     """
-    try:
-        with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-            return reader.restore(path / "meta")["config"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"the config of the checkpoint {path} cannot be read ({str(error).splitlines()[0][:200]})") from error
+    return read_meta(path)["config"]
+
+
+def replicas_of(saved: dict[str, Any]) -> int:
+    """How many replicas a run with this saved config has; their arrays have a leading axis where it is more than one."""
+    return saved.get("seeds", 1)
+
+
+def state(path: Path, wanted: T) -> T:
+    """The whole state, in the shapes, types and shardings of `wanted`, whatever devices it was saved from.
+
+    Raises:
+      UserError: it has other arrays, or of other shapes.
+      DamagedError: it cannot be read, or is not what was saved.
+    """
+    there = _shapes_there(path)
+    check_shapes(_shapes(wanted), there, str(path), sorted(there.keys() - _shapes(wanted).keys()))
+    return _restore(path, ocp.StandardCheckpointHandler, ocp_args.StandardRestore(wanted))
 
 
 def parameters(path: Path, wanted: dict[str, Any], place: Mapping[str, Sharding]) -> dict[str, Array]:
@@ -58,27 +113,26 @@ def parameters(path: Path, wanted: dict[str, Any], place: Mapping[str, Sharding]
 
     Raises:
       UserError: one is absent there, or of another shape.
+      DamagedError: it cannot be read, or is not what was saved.
     """
-    path = path / "state"
-    # Not PyTreeCheckpointer().metadata: that warns, on the terminal, of a file that a manager keeps one folder further up.
-    with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
-        saved = _flat_params(reader.metadata(path).tree)
-        check_shapes({n: s.shape for n, s in wanted.items()}, {n: tuple(s.shape) for n, (s, _) in saved.items()}, str(path))
-        item: dict[str, dict] = {}
-        for name, leaf in wanted.items():
-            struct = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
-            item.setdefault(saved[name][1], {})[name] = struct
-        args = ocp_args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
-        restored = reader.restore(path, args=args)
+    there = _shapes_there(path)
+    parts = {name: part for part in ("params", "frozen") for name in wanted if f"{part}.{name}" in there}
+    found = {name: there[f"{part}.{name}"] for name, part in parts.items()}
+    check_shapes({name: leaf.shape for name, leaf in wanted.items()}, found, str(path))
+    item: dict[str, dict] = {}
+    for name, leaf in wanted.items():
+        item.setdefault(parts[name], {})[name] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=place[name])
+    args = ocp_args.PyTreeRestore(item, restore_args=ocp.checkpoint_utils.construct_restore_args(item), partial_restore=True)
+    restored = _restore(path, ocp.PyTreeCheckpointHandler, args)
     return {name: leaf for part in restored.values() for name, leaf in part.items()}
 
 
-def _flat_params(saved: Any) -> dict[str, tuple[Any, str]]:
-    """Path -> (metadata, "params" or "frozen")."""
-    return {name: (leaf, part) for part in ("params", "frozen") for name, leaf in (saved.get(part) or {}).items()}
+def jsonable(resolved: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config as JSON gives it back."""
+    return json.loads(json.dumps(resolved))
 
 
-def check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str, surplus: Sequence[str] = ()) -> None:
+def check_shapes(wanted: Shapes, saved: Shapes, where: str, surplus: Sequence[str] = ()) -> None:
     """Raises UserError naming the first leaf that differs: orbax itself would print a thousand lines."""
     for name in (*wanted, *surplus):
         here, there = wanted.get(name, "absent"), saved.get(name, "absent")
@@ -86,3 +140,68 @@ def check_shapes(wanted: dict[str, tuple], saved: dict[str, tuple], where: str, 
             raise UserError(
                 f"{where} does not fit this model: {name} is {there} there and {here} here; use the config that it was made with"
             )
+
+
+def _shapes_there(path: Path) -> Shapes:
+    """Shapes of a checkpoint's arrays by path."""
+    arrays = read_meta(path).get("arrays")
+    if arrays is not None:
+        return {name: tuple(shape) for name, (shape, _) in arrays.items()}
+
+    def read() -> Shapes:
+        # Not PyTreeCheckpointer().metadata: that warns, on the terminal, of a file that a manager keeps one folder further up.
+        with contextlib.closing(ocp.PyTreeCheckpointHandler()) as reader:
+            return _shapes(reader.metadata(path / "state").tree)
+
+    return _together(path, read)
+
+
+def _shapes(tree: Any) -> Shapes:
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path, simple=True, separator="."): tuple(leaf.shape) for path, leaf in leaves}
+
+
+def _restore(path: Path, handler: Callable[[], Any], args: Any) -> Any:
+    """The arrays that `args` ask for, compared with their checksums."""
+
+    def read() -> Any:
+        with contextlib.closing(handler()) as reader:
+            return reader.restore(path / "state", args=args)
+
+    restored = _together(path, read)
+    arrays = read_meta(path).get("arrays")
+    if arrays is not None:
+        changed = [name for name, found in checksums.of(restored).items() if found != arrays.get(name)]
+        if changed:
+            raise DamagedError(path, f"{changed[0]} is not as it was saved")
+    return restored
+
+
+def _together(path: Path, read: Callable[[], T]) -> T:
+    """What `read` returns; where it fails in one process of the run, all raise the same.
+
+    Each process reads its own parts of the arrays, and would wait for ever for one that goes on with another checkpoint.
+
+    Raises:
+      DamagedError: `read` failed, and not for want of memory.
+    """
+    found, reason = None, ""
+    try:
+        found = read()
+    except (MemoryError, jax.errors.JaxRuntimeError):
+        raise
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" in str(error):
+            raise
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    if jax.process_count() > 1:
+        mine = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
+        said = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(mine)]
+        reason = next(filter(None, said), "")
+    if reason:
+        raise DamagedError(path, reason)
+    return found  # type: ignore[return-value]
+
+
+def _checksum(meta: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(meta, sort_keys=True).encode())

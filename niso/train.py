@@ -41,6 +41,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
         dataset = open_dataset(experiment.data)
         program = Program(experiment, mesh, dataset.batch_shapes(experiment.batch))
         state = checkpoints.restore(program) if done else program.init(warm_start.take(program.task.warm_start, program))
+        done = int(state.step)  # less than before where the newest checkpoint is damaged
         if primary:
             checkpoint.write_config(workdir, experiment.resolved)
         telemetry = stack.enter_context(Telemetry(

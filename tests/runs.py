@@ -5,6 +5,7 @@
   kill=N         the process kills itself (SIGKILL) right after update N was sent off and earlier checkpoints are written
   kill_commit=N  ... in the moment in which the checkpoint of step N would get its final name
   term=N         it sends itself SIGTERM after update N, as a machine does that is taken away
+  full=N:SIZE    after update N no file can grow beyond SIZE bytes, as on a disk that is full
   rows=FILE      FILE gets, for every batch, {row of the global batch: checksum} of the rows this process read
   counts=FILE    FILE gets, for every read of metrics, [name, number of examples counted] of one of them
 """
@@ -15,6 +16,7 @@ import functools
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import socket
@@ -37,6 +39,12 @@ TINY = {
     "batch": BATCH, "steps": STEPS, "optimizer.warmup": 4, "optimizer.weight_decay": 0.01,
     "log.every": 4, "log.evaluate_every": 8, "log.figures_every": 16, "log.figure_examples": 2,
     "checkpoint.every": 5, "checkpoint.keep": 9,
+}  # fmt: skip
+# An operator alone: cheap steps, of which many are between checkpoints that are worth being killed at.
+OPERATOR = {
+    "data.twin": "tiny", "data.size": 8, "data.stack": 10, "data.test_examples": 8, "task.rank": 8, "batch": 4, "steps": 120,
+    "optimizer.warmup": 20, "log.every": 4, "log.evaluate_every": 50, "log.figures_every": 120, "log.figure_examples": 1,
+    "checkpoint.every": 5, "checkpoint.keep": 3,
 }  # fmt: skip
 ON_EIGHT = {"optimizer.accumulate": 2, "mesh.zero": True, "log.profile_steps": (6, 8)}
 
@@ -75,7 +83,8 @@ def start(
 
     Programs are compiled once per session and kept (`optimize`: neither kept nor compiled carelessly).
     """
-    overrides = TINY | {"data.records": tiny_records()} | {k.replace("__", "."): v for k, v in changes.items()}
+    tiny = OPERATOR if config == "toric_laplacian" else TINY | {"data.records": tiny_records()}
+    overrides = tiny | {k.replace("__", "."): v for k, v in changes.items()}
     command = [sys.executable, "-m", "tests.runs", *hooks, "--", f"--config=configs/{config}.py:quick", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()] + list(arguments)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
@@ -99,16 +108,19 @@ def run(workdir: pathlib.Path, *arguments: str, **options: Any) -> Ended:
     return end(start(workdir, *arguments, **options))
 
 
-def run_pair(
+def start_pair(
     workdir: pathlib.Path, hooks: tuple[Sequence[str], Sequence[str]] = ((), ()), devices: int = 2, **options: Any
-) -> list[Ended]:
+) -> list[subprocess.Popen]:
     """The same run as two processes with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ("--processes=2", f"--coordinator=127.0.0.1:{port}")
-    pair = [start(workdir, *flags, f"--process_id={i}", hooks=hooks[i], devices=devices, **options) for i in range(2)]
-    return [end(process) for process in pair]
+    return [start(workdir, *flags, f"--process_id={i}", hooks=hooks[i], devices=devices, **options) for i in range(2)]
+
+
+def run_pair(workdir: pathlib.Path, *arguments: Any, **options: Any) -> list[Ended]:
+    return [end(process) for process in start_pair(workdir, *arguments, **options)]
 
 
 @functools.cache
@@ -173,12 +185,14 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
         signal.pause()
         raise AssertionError
 
-    if name in ("kill", "term"):
-        tick = Telemetry.tick
+    if name in ("kill", "term", "full"):
+        tick, (at, _, size) = Telemetry.tick, value.partition(":")
 
         def after(self: Telemetry, step: int) -> None:
             tick(self, step)
-            if step == int(value):
+            if step == int(at) and name == "full":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
+            elif step == int(at):
                 while name == "kill" and any(not path.name.isdigit() for path in checkpoints.iterdir()):
                     time.sleep(0.01)
                 die() if name == "kill" else os.kill(os.getpid(), signal.SIGTERM)

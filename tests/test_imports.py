@@ -16,7 +16,8 @@ Sources = dict[str, str]  # module -> text
 
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
 BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
-    "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure", "niso.trajectory_files",
+    "niso.checksums", "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure",
+    "niso.trajectory_files",
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.checkpoint_files", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal",
@@ -33,6 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.trajectories": {"niso.errors", "niso.geometry", "niso.poses"},
     "niso.trajectory_figure": {"niso.canvas", "niso.errors", "niso.geometry", "niso.poses"},
     "niso.trajectory_files": {"niso.errors"},
+    "niso.checksums": set(),
     "niso.published": {"niso.errors"},
     "niso.run_files": {"niso.errors"},
     "niso.rows": {"niso.errors", "niso.published", "niso.run_files"},
@@ -60,7 +62,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.predict": BELOW | {"niso.inference"},
     "niso.train": BELOW | THREE | {"niso.tasks.base"},
     "niso.cluster": {"niso.errors"},
-    "niso.distributed": {"niso.cluster", "niso.errors"},
+    "niso.peers": {"niso.errors"},
+    "niso.distributed": {"niso.cluster", "niso.errors", "niso.peers"},
     "niso.main": {"niso.config", "niso.distributed", "niso.train", "niso.errors"},
     "configs": {"niso.config", "niso.errors"},
     "launch": {"niso.errors"},  # programs of their own: niso.main is started, not imported
@@ -81,11 +84,13 @@ LIBRARIES: dict[str, set[str]] = {
     "niso.trajectories": {"numpy"},
     "niso.trajectory_figure": {"numpy", "PIL"},
     "niso.trajectory_files": {"numpy"},
+    "niso.checksums": {"jax", "numpy"},
     "niso.published": set(),
     "niso.run_files": set(),
     "niso.rows": {"numpy"},
     "niso.report": set(),
     "niso.cluster": set(),
+    "niso.peers": set(),
     "niso.distributed": {"jax"},
     "niso.predict": {"numpy"},
     "niso.geometry": {"jax", "numpy"},
