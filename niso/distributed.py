@@ -1,9 +1,10 @@
 """The processes of one run find each other: by flags, or by what the environment says; before anything asks jax for devices.
 
 They meet twice at the same address: first by themselves, where every mistake can be told in one line, then in jax.distributed,
-which ends a process with a stack trace when one is missing.
+which ends a process with a stack trace when one is missing. By the links of the first meeting they go on to watch each other.
 """
 
+import atexit
 import contextlib
 import errno
 import os
@@ -18,6 +19,7 @@ import jax
 from niso import cluster
 from niso.cluster import Cluster
 from niso.errors import UserError
+from niso.peers import Peers
 
 PATIENCE = 60  # seconds until all have come, where someone starts them by hand
 PATIENCE_CLUSTER = 300  # ... where a cluster does, which may have to load an image first
@@ -25,10 +27,13 @@ ANNOUNCE = 20  # seconds until it is said who is waited for
 GO = "go"
 
 
-def join(coordinator: str | None, processes: int | None, process_id: int | None, detect: bool) -> None:
+def join(
+    coordinator: str | None, processes: int | None, process_id: int | None, detect: bool
+) -> contextlib.AbstractContextManager[object]:
     """Meets the other processes of the run, if there are any: those that flags name, else those that the environment tells of.
 
-    A process that is missing ends the program with exit code 1, not 2: starting again may help.
+    Returns what watches them, until its `with` block ends. A process that is missing, or is gone later, ends the program with
+    exit code 1, not 2: starting again may help.
 
     Raises:
       UserError: flags or variables that do not fit together.
@@ -39,21 +44,24 @@ def join(coordinator: str | None, processes: int | None, process_id: int | None,
         found = cluster.where({**cluster.tpu_metadata(), **os.environ})
         patience = PATIENCE_CLUSTER
     if found is None:
-        return
+        return contextlib.nullcontext()
     host, _, port = found.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
         raise UserError(f"coordinator {found.coordinator!r}: expected HOST:PORT of process 0")
     try:
-        meet(host.strip("[]"), int(port), found.processes, found.process_id, patience)
+        links = meet(host.strip("[]"), int(port), found.processes, found.process_id, patience)
     except OSError as error:
         sys.exit(f"niso: process {found.process_id} of {found.processes}, as {found.name} says: {error}")
     # gloo announces every connection on file descriptor 1: what this program prints goes on to the real one.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    peers = Peers(_name(found.process_id, found.processes), links)
     jax.distributed.initialize(
         found.coordinator, found.processes, found.process_id, found.devices, "deactivate",
         initialization_timeout=PATIENCE, heartbeat_timeout_seconds=10, shutdown_timeout_seconds=10,
     )  # fmt: skip
+    atexit.register(peers.leave)  # before jax's own, which came first
+    return peers
 
 
 def _flags(coordinator: str | None, processes: int | None, process_id: int | None) -> Cluster | None:
@@ -68,20 +76,21 @@ def _flags(coordinator: str | None, processes: int | None, process_id: int | Non
     return Cluster("--processes", processes, process_id or 0, coordinator or "") if processes > 1 else None
 
 
-def meet(host: str, port: int, processes: int, process_id: int, patience: float) -> None:
+def meet(host: str, port: int, processes: int, process_id: int, patience: float) -> dict[str, socket.socket]:
     """Returns when all processes of the run have called it; process 0 is the one that listens, at `host`:`port`.
+
+    Returns:
+      Links that stay open, from process 0 to each other one: "process 1 of 2" -> connected socket. Others can listen there now.
 
     Raises:
       OSError: somebody has not come within `patience` seconds, or is not one of this run; the message says who.
     """
-    waiting = _Waiting(f"process {process_id} of {processes}", f"{host}:{port}", patience)
+    waiting = _Waiting(_name(process_id, processes), f"{host}:{port}", patience)
     if process_id:
-        while (answer := _call(host, port, waiting)) is None:
+        while (link := _call(host, port, waiting)) is None:
             time.sleep(0.1)
-        if answer != GO:
-            raise OSError(f"turned away by process 0: {answer}")
-        return
-    expected = [f"process {i} of {processes}" for i in range(1, processes)]
+        return {_name(0, processes): link}
+    expected = [_name(i, processes) for i in range(1, processes)]
     present: dict[str, socket.socket] = {}
     both = socket.has_dualstack_ipv6()
     with contextlib.ExitStack() as open_sockets:
@@ -94,6 +103,7 @@ def meet(host: str, port: int, processes: int, process_id: int, patience: float)
         try:
             _receive(server, expected, present, open_sockets, waiting)
             answer = GO
+            return {name: caller.dup() for name, caller in present.items()}
         except OSError as error:
             answer = str(error)
             raise
@@ -101,7 +111,8 @@ def meet(host: str, port: int, processes: int, process_id: int, patience: float)
             for caller in present.values():
                 with contextlib.suppress(OSError):
                     caller.sendall(f"{answer}\n".encode())
-                    caller.recv(1)  # the others close first: then the port is free at once
+                    if answer != GO:
+                        caller.recv(1)  # the others close first: then the port is free at once
 
 
 def _receive(
@@ -133,8 +144,8 @@ def _receive(
                     raise OSError(f"{name} {wrong}; each needs a --process_id of its own, and all the same --processes")
 
 
-def _call(host: str, port: int, waiting: "_Waiting") -> str | None:
-    """Says to process 0 who this is; returns what it answers when all are there, None if it is not there or hangs up."""
+def _call(host: str, port: int, waiting: "_Waiting") -> socket.socket | None:
+    """Says to process 0 who this is; returns the link when all are there, None if it is not there or hangs up."""
     why = "it hung up"
     try:
         with socket.create_connection((host, port), timeout=2) as link:
@@ -144,9 +155,11 @@ def _call(host: str, port: int, waiting: "_Waiting") -> str | None:
             link.settimeout(0.5)
             while (answer := _read(link)) is None:
                 waiting.tick("the others", "see what process 0 says", patience=2)  # it gives up first, and says why
+            if answer == GO:
+                return link.dup()
             if answer:
-                return answer
-    except _MissingError:
+                raise _GivenUpError(f"turned away by process 0: {answer}")
+    except _GivenUpError:
         raise
     except OSError as error:
         why = error.strerror or str(error)
@@ -155,9 +168,13 @@ def _call(host: str, port: int, waiting: "_Waiting") -> str | None:
 
 
 def _read(link: socket.socket) -> str | None:
-    """The short line that has come, empty if the other side is gone or no process of niso, None if nothing has come yet."""
+    """The short line that has come, empty if the other side is gone or no process of niso, None if nothing has come yet.
+
+    What comes after the line is left for whoever gets the link.
+    """
     try:
-        line = link.recv(1024).decode(errors="replace").strip()
+        size = link.recv(1024, socket.MSG_PEEK).find(b"\n") + 1
+        line = link.recv(size or 1024).decode(errors="replace").strip()
         return line if line.isprintable() else ""
     except TimeoutError:
         return None
@@ -165,8 +182,8 @@ def _read(link: socket.socket) -> str | None:
         return ""
 
 
-class _MissingError(OSError):
-    """Somebody has not come in time."""
+class _GivenUpError(OSError):
+    """Waiting on is of no use."""
 
 
 class _Waiting:
@@ -180,10 +197,14 @@ class _Waiting:
         """Says once who is waited for; raises when that has taken too long (so many times as long as usual)."""
         waited = time.monotonic() - self.begun
         if waited > patience * self.patience:
-            raise _MissingError(f"waited {waited:.0f} s at {self.at} for {whom}; {advice}")
+            raise _GivenUpError(f"waited {waited:.0f} s at {self.at} for {whom}; {advice}")
         if waited > ANNOUNCE and not self.said:
             self.said = True
             print(f"niso: {self.who} is waiting at {self.at} for {whom}", file=sys.stderr)
+
+
+def _name(process_id: int, processes: int) -> str:
+    return f"process {process_id} of {processes}"
 
 
 def _listed(names: list[str]) -> str:

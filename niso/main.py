@@ -32,8 +32,9 @@ def main(argv: list[str] | None = None) -> int:
             raise UserError(f"{extra}usage: python -m niso.main --config=configs/pose_encode.py:quick [--workdir=DIR]")
         experiment = config.Experiment.from_config(_CONFIG.value)
         workdir = _WORKDIR.value or f"runs/{experiment.experiment}-{experiment.variant}"
-        distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect=_DISTRIBUTED.value == "auto")
-        return train.run(experiment, workdir, accept_changes=_ACCEPT.value)
+        detect = _DISTRIBUTED.value == "auto"
+        with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect):
+            return train.run(experiment, workdir, accept_changes=_ACCEPT.value)
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)
         return 2

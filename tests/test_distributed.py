@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -140,11 +141,12 @@ def free_port() -> int:
 
 def meeting(*who: tuple[int, int], patience: float = 10, strangers: bool = False) -> dict[tuple[int, int], str]:
     """What becomes of each (process id, processes) of those who come."""
-    port, ended = free_port(), {}
+    port, ended, links = free_port(), {}, {}
+    where = "127.0.0.1", port
 
     def attend(process_id: int, processes: int, key: tuple[int, int]) -> None:
         try:
-            distributed.meet("127.0.0.1", port, processes, process_id, patience)
+            links.update({(key, name): link for name, link in distributed.meet(*where, processes, process_id, patience).items()})
             ended[key] = ""
         except OSError as error:
             ended[key] = str(error)
@@ -161,7 +163,13 @@ def meeting(*who: tuple[int, int], patience: float = 10, strangers: bool = False
     for thread in threads:
         thread.join()
     with socket.create_server(("", port), family=socket.AF_INET):
-        pass  # the port is free for jax
+        pass  # the port is free for jax, whatever links stay
+    for (key, name), link in links.items():
+        link.sendall(f"{who[key[0]]} to {name}\n".encode())
+    for (key, name), link in links.items():
+        process_id, processes = who[key[0]]
+        assert link.recv(99) == f"({name.split()[1]}, {processes}) to process {process_id} of {processes}\n".encode()
+        link.close()
     return ended
 
 
@@ -237,6 +245,7 @@ def joined(monkeypatch) -> Callable[..., tuple]:
     def join(*flags: object, detect: bool = True, **environment: str) -> tuple:
         given: list[tuple] = []
         monkeypatch.setattr(distributed, "meet", lambda *args: given.append(args))
+        monkeypatch.setattr(distributed, "Peers", lambda name, links: SimpleNamespace(leave=lambda: None))
         monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: given.append(args))
         monkeypatch.setattr(distributed.os, "dup2", lambda *_: None)
         monkeypatch.setattr(sys, "stdout", sys.stdout)
@@ -275,8 +284,9 @@ def test_a_process_that_is_missing_ends_the_program() -> None:
 def test_a_step_of_two_tasks_is_one_run() -> None:
     """As Slurm would start it: the processes see each other's devices, and jax's chatter stays off the output."""
     code = (
-        "from niso import distributed; distributed.join(None, None, None, True); import jax; "
-        "print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count())"
+        "from niso import distributed; import jax\n"
+        "with distributed.join(None, None, None, True):\n"
+        "    print(jax.process_index(), jax.process_count(), jax.device_count(), jax.local_device_count())"
     )
     step = SLURM | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_STEP_TASKS_PER_NODE": "2"}
     step |= {"SLURM_NODEID": "0", "JAX_COORDINATOR_PORT": str(free_port()), "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}

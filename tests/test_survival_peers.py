@@ -1,0 +1,167 @@
+"""When one process of a run is gone the others end at once, and say who it was."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from niso import peers
+from tests import runs
+from tests.test_distributed import free_port
+
+HOST = socket.gethostname()
+WITHIN = 5.0  # seconds
+GONE = "niso: process {} of {} ({}) is gone; ending, so that the launcher can start all again: what was saved is intact\n"
+FAILED = "niso: process {} of {} ({}) has ended with an error, which it tells itself; ending too\n"
+
+# A process that has met the others by the sockets that it inherits, and then does what it is told.
+MEMBER = """
+import atexit, json, socket, sys, time
+from niso.errors import UserError
+from niso.peers import Peers
+me, links, act = sys.argv[1:]
+links = {name: socket.socket(fileno=number) for name, number in json.loads(links).items()}
+try:
+    with Peers(me, links) as watch:
+        atexit.register(watch.leave)
+        print("ready", flush=True)
+        exec(act)
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+"""
+
+
+def pair() -> tuple[socket.socket, socket.socket]:
+    """The two ends of a TCP connection."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        one = socket.create_connection(server.getsockname())
+        return one, server.accept()[0]
+
+
+@contextlib.contextmanager
+def members(*acts: str) -> Iterator[list[subprocess.Popen]]:
+    """Processes linked as niso.distributed links them; they are ready."""
+    count = len(acts)
+    ends = [pair() for _ in acts[1:]]
+    links = [{f"process {i + 1} of {count}": end[0] for i, end in enumerate(ends)}]
+    links += [{f"process 0 of {count}": end[1]} for end in ends]
+    started = []
+    for number, (act, its) in enumerate(zip(acts, links, strict=True)):
+        numbers = json.dumps({name: link.fileno() for name, link in its.items()})
+        command = [sys.executable, "-c", MEMBER, f"process {number} of {count}", numbers, act]
+        started.append(subprocess.Popen(
+            command, cwd=runs.REPOSITORY, pass_fds=[link.fileno() for link in its.values()], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        ))  # fmt: skip
+    for end in ends:
+        for link in end:
+            link.close()
+    for process in started:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+
+
+def ends(processes: list[subprocess.Popen], within: float = WITHIN) -> list[tuple[int, str]]:
+    """Exit code and last words of each; they have so many seconds together."""
+    begun = time.monotonic()
+    ended = [runs.end(process, within) for process in processes]
+    assert time.monotonic() - begun < within
+    return [(one.code, one.err) for one in ended]
+
+
+SLEEP = "time.sleep(60)"
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_others(victim: int) -> None:
+    with members(SLEEP, SLEEP, SLEEP) as all_three:
+        time.sleep(0.3)  # until all have heard each other's names
+        all_three[victim].kill()
+        assert ends([one for one in all_three if one is not all_three[victim]]) == [(1, GONE.format(victim, 3, HOST))] * 2
+
+
+def test_a_mistake_in_one_ends_the_others_as_one() -> None:
+    mistake = "time.sleep(0.3); raise UserError('no such file')"
+    for victim in (0, 1):
+        acts = [SLEEP, SLEEP, SLEEP]
+        acts[victim] = mistake
+        with members(*acts) as all_three:
+            expected = [(2, FAILED.format(victim, 3, HOST))] * 3
+            expected[victim] = (2, "no such file\n")
+            assert ends(all_three, WITHIN + peers.GRACE) == expected
+
+
+def test_the_same_mistake_in_all_accuses_nobody() -> None:
+    mistake = "time.sleep(0.3); raise UserError('no such file')"
+    with members(mistake, mistake, f"time.sleep(0.5); {mistake}") as all_three:
+        assert ends(all_three) == [(2, "no such file\n")] * 3
+
+
+def test_a_defect_in_one_is_told_by_it_alone() -> None:
+    with members(SLEEP, "time.sleep(0.3); 1 / 0", SLEEP) as all_three:
+        first, second, third = ends(all_three, WITHIN + peers.GRACE)
+    assert first == third == (1, FAILED.format(1, 3, HOST))
+    assert second[0] == 1 and second[1].endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_an_orderly_end_accuses_nobody() -> None:
+    with members("time.sleep(1)", "pass", "time.sleep(0.5)") as all_three:
+        assert ends(all_three) == [(0, "")] * 3
+
+
+def test_a_machine_that_vanishes_is_given_up_before_jax_does() -> None:
+    one, other = pair()
+    with one, other:
+        peers.Peers("process 1 of 2", {"process 0 of 2": one})
+        options = [one.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}")) for name in ("IDLE", "INTVL", "CNT")]
+        assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert options[0] + options[1] * options[2] < 10
+
+
+# Two processes of jax, the first to be killed or to wait for ever in a sum over all devices.
+SUM = """
+import sys, time
+from niso import distributed
+with distributed.join(sys.argv[1], 2, int(sys.argv[2]), True):
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("all are there")
+    print("ready", flush=True)
+    if sys.argv[2] == sys.argv[3]:
+        time.sleep(60)
+    multihost_utils.sync_global_devices("one is not")
+"""
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_sum_over_all_devices_ends_when_a_process_is_killed(victim: int) -> None:
+    address = f"127.0.0.1:{free_port()}"
+    two = [
+        subprocess.Popen(
+            [sys.executable, "-c", SUM, address, str(i), str(victim)], cwd=runs.REPOSITORY, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    for process in two:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    time.sleep(1)
+    two[victim].send_signal(signal.SIGKILL)
+    ((code, said),) = ends([two[1 - victim]])
+    assert code == 1
+    if victim:
+        assert said == GONE.format(victim, 2, HOST)
+    else:  # its end is that of jax's own service too, of which jax's threads may tell in their way, before niso or instead
+        assert said.endswith(GONE.format(victim, 2, HOST)) or "another task died" in said
+    two[victim].wait()
