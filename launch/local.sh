@@ -12,6 +12,7 @@ set -euo pipefail
 PYTHON=${PYTHON:-python}
 GRACE=${GRACE:-15}
 PREEMPTED=42
+AGAIN=1
 
 if ! [[ ${1:-} =~ ^[1-9][0-9]*$ ]]; then
   echo "local.sh: usage: launch/local.sh N --config=configs/pose_encode.py:quick, with a number N of processes" >&2
@@ -64,9 +65,19 @@ for ((i = 0; i < count; i++)); do
   children+=($!)
 done
 
-# The first code that is not 0 is the run's; 42 is only if nobody says worse.
+# The code that says most is the run's, the first of several: 42 only if nobody says worse, and 1 is what those end with, too,
+# who see that another process is gone.
+weight() {
+  case $1 in
+    0) echo 0 ;;
+    "$PREEMPTED") echo 1 ;;
+    "$AGAIN") echo 2 ;;
+    *) echo 3 ;;
+  esac
+}
 result=0
 culprit=
+hurried=0
 running=("${!children[@]}")
 failed_at=
 while ((${#running[@]})); do
@@ -78,7 +89,7 @@ while ((${#running[@]})); do
     fi
     code=0
     wait "${children[i]}" || code=$?
-    if ((code != 0)) && ((result == 0 || (result == PREEMPTED && code != PREEMPTED))); then
+    if ((!hurried && $(weight "$code") > $(weight "$result"))); then
       result=$code
       culprit=$i
     fi
@@ -87,6 +98,7 @@ while ((${#running[@]})); do
   if ((result != 0)) && ((${#running[@]})); then
     failed_at=${failed_at:-$SECONDS}
     if ((SECONDS - failed_at >= GRACE)); then
+      hurried=1
       end KILL
     fi
   fi

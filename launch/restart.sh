@@ -4,9 +4,10 @@
 #   launch/restart.sh python -m niso.main --config=configs/pose_encode.py --workdir=runs/pose_encode
 #
 # Exit code 0: done. 42, the machine is being taken away and the run is saved: again, at once. 2, a mistake of the user's: stop.
-# Any other, or a signal: again after BACKOFF seconds (5; doubled each time, 300 at most), but RETRIES times in a row (5) without
-# a new checkpoint below the command's --workdir=... is the end. SIGTERM, or Ctrl-C, is for the command, and ends the loop too; if
-# the run is saved then, ON_LEAVE (nothing) is done first: launch/slurm.sbatch has the job queued again.
+# Any other, or a signal (1: another process of the run is gone): again after BACKOFF seconds (5; doubled each time, 300 at most),
+# but RETRIES times in a row (5) without a new checkpoint below the command's --workdir=... is the end. SIGTERM, or Ctrl-C, is for
+# the command, and ends the loop too; if the run is saved then, ON_LEAVE (nothing) is done first: launch/slurm.sbatch has the job
+# queued again.
 set -euo pipefail
 
 RETRIES=${RETRIES:-5}

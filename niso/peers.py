@@ -33,7 +33,7 @@ class Peers:
 
     def __init__(self, me: str, links: dict[str, socket.socket]):
         self.me, self.first = f"{me} ({socket.gethostname()})", me.startswith("process 0 ")
-        self.links = {link: f"{name} ({link.getpeername()[0]})" for name, link in links.items()}  # those still open
+        self.links = {link: f"{name} (of unknown name)" for name, link in links.items()}  # those still open
         self.said: set[socket.socket] = set()  # ... of those who have said that they end
         self.code: int | None = None  # how this process has said that it ends
         self.lock, self.ending = threading.Lock(), threading.Event()
@@ -57,7 +57,7 @@ class Peers:
             self._wait(GRACE + 2)
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(self.code or AGAIN)
+            _exit(self.code or AGAIN)
 
     def _say_end(self, code: int) -> None:
         with self.lock:
@@ -117,17 +117,22 @@ class Peers:
         with self.lock:
             if self.code is None:
                 print(f"niso: {line}", file=sys.stderr, flush=True)
-                for worker in multiprocessing.active_children():
-                    worker.kill()
                 if self.first and self.links:
                     time.sleep(0.5)  # the others first
-                os._exit(code)
+                _exit(code)
 
     def _tell(self, line: str, besides: socket.socket | None = None) -> None:
         for link in list(self.links):
             if link is not besides:
                 with contextlib.suppress(OSError):
                     link.sendall(f"{line}\n".encode())
+
+
+def _exit(code: int) -> None:
+    """Ends the program without what is done at the end of others, where jax would wait."""
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    os._exit(code)
 
 
 def _keep_alive(link: socket.socket) -> None:

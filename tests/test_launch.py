@@ -143,7 +143,7 @@ def test_local_ends_the_others_and_names_their_words(tmp_path) -> None:
     shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize(("codes", "result"), [((42, 42), 42), ((42, 3), 3), ((0, 42), 42), ((2, 134), 2)])
+@pytest.mark.parametrize(("codes", "result"), [((42, 42), 42), ((42, 3), 3), ((0, 42), 42), ((2, 134), 2), ((1, 137), 137)])
 def test_local_returns_what_matters(codes: tuple[int, int], result: int, tmp_path) -> None:
     body = f"time.sleep(0.3 * me); sys.exit({codes}[me])"
     assert runs.end(local(tmp_path, "2", body, LOGS=str(tmp_path))).code == result

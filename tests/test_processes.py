@@ -151,12 +151,13 @@ def test_impossible_process_flags(flags: list[str], tmp_path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_killed_and_resumed(tmp_path) -> None:
-    """Bit-identical, as with one. The survivor of the first kill is ended by its heartbeat, with whatever code."""
+    """Bit-identical, as with one. The survivor of the first kill says so and ends at once."""
     options: dict[str, Any] = {"mesh__space": 2}
     unbroken, workdir = tmp_path / "unbroken", tmp_path / "killed"
     assert [ended.code for ended in runs.run_pair(unbroken, **options)] == [0, 0]
     killed = runs.run_pair(workdir, ([], ["kill=8"]), **options)
-    assert killed[1].code == -9 and killed[0].code != 0
+    assert (killed[1].code, killed[0].code) == (-9, 1)
+    assert killed[0].err.startswith("niso: process 1 of 2 (") and killed[0].err.count("\n") == 1
     left = [ended.code for ended in runs.run_pair(workdir, (["term=11"], []), **options)]
     assert left == [42, 42]
     assert [ended.code for ended in runs.run_pair(workdir, **options)] == [0, 0]
