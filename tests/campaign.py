@@ -20,7 +20,7 @@ from typing import Any
 
 from niso.checkpoint import UNREADABLE
 from tests import runs
-from tests.test_survival import flip, largest
+from tests.test_survival import largest, spoil
 
 STEPS: Any = runs.OPERATOR["steps"]
 PATIENCE = 300  # seconds for what ends by itself
@@ -108,9 +108,9 @@ class Campaign:
         self.done[kind] += 1
 
     def damage(self, workdir: pathlib.Path, processes: int) -> str:
-        """A bit of the newest checkpoint's numbers changes: the run goes on from the one before, and is soon killed again."""
+        """Bits of the newest checkpoint's numbers change: the run goes on from the one before, and is soon killed again."""
         *_, sound, damaged = saved(workdir)
-        flip(largest(workdir / "checkpoints" / str(damaged)))
+        spoil(workdir / "checkpoints" / str(damaged))
         started = self.start(workdir, processes)
         self.wait(started, lambda: (workdir / UNREADABLE / str(damaged)).exists() and newest(workdir) > damaged, PATIENCE)
         started[0].kill()

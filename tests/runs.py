@@ -5,7 +5,7 @@
   kill=N         the process kills itself (SIGKILL) right after update N was sent off and earlier checkpoints are written
   kill_commit=N  ... in the moment in which the checkpoint of step N would get its final name
   term=N         it sends itself SIGTERM after update N, as a machine does that is taken away
-  full=N:SIZE    after update N no file can grow beyond SIZE bytes, as on a disk that is full
+  full=N:SIZE    after update N, earlier checkpoints being written, no file can grow beyond SIZE bytes, as on a disk that is full
   rows=FILE      FILE gets, for every batch, {row of the global batch: checksum} of the rows this process read
   counts=FILE    FILE gets, for every read of metrics, [name, number of examples counted] of one of them
 """
@@ -190,11 +190,13 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
 
         def after(self: Telemetry, step: int) -> None:
             tick(self, step)
-            if step == int(at) and name == "full":
+            if step != int(at):
+                return
+            while name != "term" and any(not path.name.isdigit() for path in checkpoints.iterdir()):
+                time.sleep(0.01)
+            if name == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
-            elif step == int(at):
-                while name == "kill" and any(not path.name.isdigit() for path in checkpoints.iterdir()):
-                    time.sleep(0.01)
+            else:
                 die() if name == "kill" else os.kill(os.getpid(), signal.SIGTERM)
 
         Telemetry.tick = after  # type: ignore[method-assign]

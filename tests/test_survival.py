@@ -66,16 +66,22 @@ def halve(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: pathlib.Path, at: float = 0.5) -> None:
-    """One bit, of the byte there between the beginning (0) and the end (1)."""
+def flip(path: pathlib.Path, every: int = 0) -> None:
+    """One bit of the byte in the middle, or of every so many."""
     content = bytearray(path.read_bytes())
-    content[int(at * (len(content) - 1))] ^= 16
+    for at in range(every // 2, len(content), every) if every else [len(content) // 2]:
+        content[at] ^= 16
     path.write_bytes(content)
 
 
 def largest(checkpoint: pathlib.Path) -> pathlib.Path:
     """The file with most of the numbers."""
     return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+def spoil(checkpoint: pathlib.Path) -> None:
+    """Some bits of the parameters and of everything else."""
+    flip(largest(checkpoint), every=64)
 
 
 def copy_of_unbroken(workdir: pathlib.Path, *without: int) -> pathlib.Path:
@@ -133,7 +139,7 @@ def test_the_newest_sound_checkpoint_is_gone_on_from(tmp_path) -> None:
     """The config of the newest cannot be read, the numbers of the one before are not what was saved: both are kept aside."""
     checkpoints = copy_of_unbroken(tmp_path / "run", 16)
     (checkpoints / "15/meta/metadata").write_bytes(b"")
-    flip(largest(checkpoints / "10"))
+    spoil(checkpoints / "10")
     ended = runs.run(tmp_path / "run")
     assert ended.code == 0, ended.err
     first, second = ended.err.splitlines()
@@ -147,7 +153,7 @@ def test_the_newest_sound_checkpoint_is_gone_on_from(tmp_path) -> None:
 
 def test_without_a_sound_checkpoint_nothing_is_begun(tmp_path) -> None:
     checkpoints = copy_of_unbroken(tmp_path / "run", 5, 15, 16)
-    flip(largest(checkpoints / "10"))
+    spoil(checkpoints / "10")
     before = runs.snapshot(checkpoints)
     line = one_line(runs.run(tmp_path / "run"))
     assert f"no checkpoint in {checkpoints} can be used (10: " in line
@@ -157,7 +163,7 @@ def test_without_a_sound_checkpoint_nothing_is_begun(tmp_path) -> None:
 def test_a_damaged_checkpoint_of_a_finished_run_is_named(wanted, tmp_path) -> None:
     """Where parameters are taken from it; an older one can be asked for."""
     checkpoints = copy_of_unbroken(tmp_path / "run")
-    flip(largest(checkpoints / "16"))
+    spoil(checkpoints / "16")
     place = {name: wanted.step.sharding for name in wanted.params}
     with pytest.raises(UserError, match=rf"the checkpoint {checkpoints}/16 cannot be used \(.*\): move it away, then run the"):
         checkpoint_files.parameters(checkpoint_files.find(tmp_path / "run"), wanted.params, place)

@@ -124,7 +124,7 @@ def test_an_orderly_end_accuses_nobody() -> None:
 def test_a_machine_that_vanishes_is_given_up_before_jax_does() -> None:
     one, other = pair()
     with one, other:
-        peers.Peers("process 1 of 2", {"process 0 of 2": one})
+        peers._keep_alive(one)
         options = [one.getsockopt(socket.IPPROTO_TCP, getattr(socket, f"TCP_KEEP{name}")) for name in ("IDLE", "INTVL", "CNT")]
         assert one.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
         assert options[0] + options[1] * options[2] < 10
