@@ -20,7 +20,6 @@ from typing import Any
 
 from niso.checkpoint import UNREADABLE
 from tests import runs
-from tests.test_survival import largest, spoil
 
 STEPS: Any = runs.OPERATOR["steps"]
 PATIENCE = 300  # seconds for what ends by itself
@@ -55,7 +54,7 @@ class Campaign:
             if not kinds or newest(workdir) == STEPS or time.monotonic() > self.deadline:
                 break
             self.accident(workdir, processes, self.draw.choices(kinds, [self.left(kind) for kind in kinds])[0])
-            if special and len(saved(workdir)) > 1 and newest(workdir) < STEPS:
+            if special and len(saved(workdir)) > 1 and newest(workdir) < STEPS - 20:
                 self.happened(special.pop(0)(workdir, processes), processes)
         self.finish(workdir, processes)
         unbroken = self.folder / f"unbroken-{processes}"
@@ -110,7 +109,7 @@ class Campaign:
     def damage(self, workdir: pathlib.Path, processes: int) -> str:
         """Bits of the newest checkpoint's numbers change: the run goes on from the one before, and is soon killed again."""
         *_, sound, damaged = saved(workdir)
-        spoil(workdir / "checkpoints" / str(damaged))
+        runs.spoil(workdir / "checkpoints" / str(damaged))
         started = self.start(workdir, processes)
         self.wait(started, lambda: (workdir / UNREADABLE / str(damaged)).exists() and newest(workdir) > damaged, PATIENCE)
         started[0].kill()
@@ -123,7 +122,7 @@ class Campaign:
     def fill(self, workdir: pathlib.Path, processes: int) -> str:
         """The disk is full when the next but one checkpoint is written: exit code 2 and one line; what was saved stays."""
         before = newest(workdir)
-        size = largest(workdir / "checkpoints" / str(before)).stat().st_size // 2
+        size = runs.largest(workdir / "checkpoints" / str(before)).stat().st_size // 2
         hook = [f"full={before + 6}:{size}"]
         started = self.start(workdir, processes, hooks=hook if processes == 1 else (hook, []))
         ended = [runs.end(process, PATIENCE) for process in started]

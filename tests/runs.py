@@ -171,6 +171,24 @@ def program(data: int, space: int = 1, **changes: Any) -> Any:
     return Program(experiment, mesh_of(data, space), tiny.shapes(experiment))
 
 
+def flip(path: pathlib.Path, every: int = 0) -> None:
+    """One bit of the byte in the middle, or of every so many."""
+    content = bytearray(path.read_bytes())
+    for at in range(every // 2, len(content), every) if every else [len(content) // 2]:
+        content[at] ^= 16
+    path.write_bytes(content)
+
+
+def largest(checkpoint: pathlib.Path) -> pathlib.Path:
+    """The file with most of the numbers."""
+    return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
+
+
+def spoil(checkpoint: pathlib.Path) -> None:
+    """Some bits of the parameters and of everything else."""
+    flip(largest(checkpoint), every=64)
+
+
 def snapshot(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of everything below a folder."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in [workdir, *workdir.rglob("*")]}

@@ -1,8 +1,11 @@
 """Damaged checkpoints, full disks: nothing wrong is ever restored, and the run ends as if nothing had happened."""
 
 import json
+import os
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -19,6 +22,7 @@ from niso.errors import UserError
 from niso.step import TrainState
 from tests import runs
 from tests.conftest import mesh_of
+from tests.test_distributed import free_port
 from tests.test_resume import assert_as_unbroken, one_line
 
 
@@ -66,24 +70,6 @@ def halve(path: pathlib.Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-def flip(path: pathlib.Path, every: int = 0) -> None:
-    """One bit of the byte in the middle, or of every so many."""
-    content = bytearray(path.read_bytes())
-    for at in range(every // 2, len(content), every) if every else [len(content) // 2]:
-        content[at] ^= 16
-    path.write_bytes(content)
-
-
-def largest(checkpoint: pathlib.Path) -> pathlib.Path:
-    """The file with most of the numbers."""
-    return max(checkpoint.glob("state/**/d/*"), key=lambda path: path.stat().st_size)
-
-
-def spoil(checkpoint: pathlib.Path) -> None:
-    """Some bits of the parameters and of everything else."""
-    flip(largest(checkpoint), every=64)
-
-
 def copy_of_unbroken(workdir: pathlib.Path, *without: int) -> pathlib.Path:
     shutil.copytree(runs.unbroken(), workdir)
     for step in without:
@@ -111,7 +97,7 @@ def damages(checkpoint: pathlib.Path) -> Iterator[tuple[str, Callable[[], object
         yield f"{name} emptied", lambda path=path: path.write_bytes(b"")
         yield f"{name} halved", lambda path=path: halve(path)
         yield f"{name} deleted", lambda path=path: path.unlink()
-        yield f"{name} changed", lambda path=path: flip(path)
+        yield f"{name} changed", lambda path=path: runs.flip(path)
 
 
 def test_whatever_happens_to_a_file_nothing_wrong_is_restored(wanted, tmp_path) -> None:
@@ -132,14 +118,14 @@ def test_whatever_happens_to_a_file_nothing_wrong_is_restored(wanted, tmp_path) 
             noticed.append(what)
         shutil.rmtree(copy)
         shutil.copytree(whole, copy)
-    assert f"{largest(whole).relative_to(whole)} emptied" in noticed, (noticed, harmless)
+    assert f"{runs.largest(whole).relative_to(whole)} emptied" in noticed, (noticed, harmless)
 
 
 def test_the_newest_sound_checkpoint_is_gone_on_from(tmp_path) -> None:
     """The config of the newest cannot be read, the numbers of the one before are not what was saved: both are kept aside."""
     checkpoints = copy_of_unbroken(tmp_path / "run", 16)
     (checkpoints / "15/meta/metadata").write_bytes(b"")
-    spoil(checkpoints / "10")
+    runs.spoil(checkpoints / "10")
     ended = runs.run(tmp_path / "run")
     assert ended.code == 0, ended.err
     first, second = ended.err.splitlines()
@@ -153,7 +139,7 @@ def test_the_newest_sound_checkpoint_is_gone_on_from(tmp_path) -> None:
 
 def test_without_a_sound_checkpoint_nothing_is_begun(tmp_path) -> None:
     checkpoints = copy_of_unbroken(tmp_path / "run", 5, 15, 16)
-    spoil(checkpoints / "10")
+    runs.spoil(checkpoints / "10")
     before = runs.snapshot(checkpoints)
     line = one_line(runs.run(tmp_path / "run"))
     assert f"no checkpoint in {checkpoints} can be used (10: " in line
@@ -163,7 +149,7 @@ def test_without_a_sound_checkpoint_nothing_is_begun(tmp_path) -> None:
 def test_a_damaged_checkpoint_of_a_finished_run_is_named(wanted, tmp_path) -> None:
     """Where parameters are taken from it; an older one can be asked for."""
     checkpoints = copy_of_unbroken(tmp_path / "run")
-    spoil(checkpoints / "16")
+    runs.spoil(checkpoints / "16")
     place = {name: wanted.step.sharding for name in wanted.params}
     with pytest.raises(UserError, match=rf"the checkpoint {checkpoints}/16 cannot be used \(.*\): move it away, then run the"):
         checkpoint_files.parameters(checkpoint_files.find(tmp_path / "run"), wanted.params, place)
@@ -198,3 +184,66 @@ def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path) -> None:
     ended = runs.run(tmp_path, **small)
     assert (ended.code, ended.err) == (0, "") and "resuming at step 5" in ended.out
     assert_as_unbroken(tmp_path, runs.unbroken())
+
+
+# Two processes with two devices each, which hold two arrays together: one saves, damages and restores with the other.
+TOGETHER = """
+import pathlib, sys
+from niso import distributed
+workdir, address, me = sys.argv[1:]
+with distributed.join(address, 2, int(me), True):
+    import jax, numpy as np
+    from jax.experimental import multihost_utils
+    from jax.sharding import Mesh, NamedSharding, PartitionSpec
+    from niso import checkpoint_files
+    from niso.checkpoint import Checkpoints
+    from niso.step import TrainState
+    from tests import runs
+
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    def array(values, *axes):
+        place = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.make_array_from_callback(values.shape, place, lambda index: values[index])
+    def state(step):
+        params = {"divided": array(np.arange(4000.0, dtype=np.float32) + step, "data"), "whole": array(np.ones(5, np.float32))}
+        return TrainState(array(np.int32(step)), params, {}, {}, {})
+    checkpoints = Checkpoints(workdir, 9)
+    assert checkpoints.latest() is None
+    for step in (1, 2, 3):
+        checkpoints.save(step, state(step), {"a": (1, 2)})
+    checkpoints.close()
+    if me == "0":
+        runs.spoil(pathlib.Path(workdir) / "checkpoints/3")
+    multihost_utils.sync_global_devices("damaged")
+    checkpoints = Checkpoints(workdir, 9)
+    assert checkpoints.latest() == 3
+    wanted = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state(0))
+    here = jax.process_index()
+    def read(path):  # another one that only the second process cannot read
+        checkpoint_files._together(path, lambda: 1 // (path.name != "2" or here == 0))
+        return checkpoint_files.state(path, wanted)
+    found = checkpoints._first_sound(read)
+    assert checkpoints.latest() == 1 == int(found.step)
+    ours, expected = (one.params["divided"].addressable_shards for one in (found, state(1)))
+    assert all(np.array_equal(a.data, b.data) for a, b in zip(ours, expected))
+    checkpoints.save(2, state(2), {"a": (1, 2)})
+    checkpoints.close()
+"""
+
+
+def test_two_processes_agree_on_what_is_damaged(tmp_path) -> None:
+    """Also where only one of them cannot read it; both go on from the same step, and can save again what is moved aside."""
+    address = f"127.0.0.1:{free_port()}"
+    two = [
+        subprocess.Popen(
+            [sys.executable, "-c", TOGETHER, str(tmp_path), address, str(i)], cwd=runs.REPOSITORY, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"},
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    first, second = [runs.end(process) for process in two]
+    assert (first.code, second.code, second.err) == (0, 0, ""), (first, second)
+    third, other = first.err.splitlines()
+    assert third.startswith("niso: checkpoint 3 cannot be used (") and "going on from 1" in third
+    assert other.startswith("niso: checkpoint 2 cannot be used (ZeroDivisionError: ") and "going on from 1" in other
+    assert runs.steps(tmp_path) == [1, 2] and sorted(path.name for path in (tmp_path / UNREADABLE).iterdir()) == ["2", "3"]
