@@ -5,8 +5,11 @@ array and one of all this. Those of an older niso have no checksums, and are rea
 """
 
 import contextlib
+import inspect
 import json
+import logging
 import os
+import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -193,7 +196,8 @@ def _together(path: Path, read: Callable[[], T]) -> T:
     except Exception as error:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+        reason = _reason(error)
+        _hush()
     if jax.process_count() > 1:
         mine = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
         said = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(mine)]
@@ -201,6 +205,26 @@ def _together(path: Path, read: Callable[[], T]) -> T:
     if reason:
         raise DamagedError(path, reason)
     return found  # type: ignore[return-value]
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause, without tensorstore's specification of the array."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = " ".join(str(error).split()).partition(" [")[0].partition(" See full TensorStore")[0]
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _hush() -> None:
+    """The other reads of a restore that failed go on failing beside it, and Python would print each of them."""
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    default = sys.unraisablehook
+
+    def hook(seen: "sys.UnraisableHookArgs") -> None:
+        if not inspect.iscoroutine(seen.object) and "Event loop is closed" not in str(seen.exc_value):
+            default(seen)
+
+    sys.unraisablehook = hook
 
 
 def _checksum(meta: dict[str, Any]) -> int:

@@ -185,8 +185,9 @@ def largest(checkpoint: pathlib.Path) -> pathlib.Path:
 
 
 def spoil(checkpoint: pathlib.Path) -> None:
-    """Some bits of the parameters and of everything else."""
-    flip(largest(checkpoint), every=64)
+    """Some bits of the parameters and of everything else: of all files that hold numbers."""
+    for path in checkpoint.glob("state/**/d/*"):
+        flip(path, every=64)
 
 
 def snapshot(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:

@@ -191,6 +191,8 @@ TOGETHER = """
 import pathlib, sys
 from niso import distributed
 workdir, address, me = sys.argv[1:]
+from absl import logging
+logging.set_verbosity(logging.FATAL)  # as niso.main does
 with distributed.join(address, 2, int(me), True):
     import jax, numpy as np
     from jax.experimental import multihost_utils
