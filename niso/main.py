@@ -4,7 +4,7 @@ import sys
 
 from absl import app, flags, logging
 
-from niso import config, distributed, train
+from niso import config, distributed, dry_run, train
 from niso.errors import UserError
 
 _CONFIG = config.define_flag()
@@ -18,10 +18,12 @@ _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Which of them this is, f
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed", "auto", ["auto", "off"], "auto: one of several processes where Slurm, Open MPI, Kubernetes or a TPU pod says so."
 )
+_DRY_RUN = flags.DEFINE_bool("dry_run", False, "Print every array and the cost of the compiled train step instead; needs no data.")
+_TOPOLOGY = flags.DEFINE_string("topology", None, "With --dry_run: compile for a TPU slice that is not there, such as v5e:16x16.")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains the experiment that the flags name; returns the exit code (0 done, 2 a user's mistake, 42 preempted)."""
+    """Trains what the flags name, or says what it would be; returns the exit code (0 done, 2 a user's mistake, 42 preempted)."""
     logging.set_verbosity(logging.FATAL)  # whatever stops a run is raised; the libraries would log it too, with tracebacks
     if "help" not in flags.FLAGS:
         app.define_help_flags()
@@ -31,6 +33,10 @@ def main(argv: list[str] | None = None) -> int:
             extra = f"unknown argument {rest[1]!r}; " if rest[1:] else ""
             raise UserError(f"{extra}usage: python -m niso.main --config=configs/pose_encode.py:quick [--workdir=DIR]")
         experiment = config.Experiment.from_config(_CONFIG.value)
+        if _TOPOLOGY.value and not _DRY_RUN.value:
+            raise UserError(f"--topology={_TOPOLOGY.value} is for --dry_run: leave it out to train on what is here")
+        if _DRY_RUN.value:
+            return dry_run.run(experiment, _TOPOLOGY.value)
         workdir = _WORKDIR.value or f"runs/{experiment.experiment}-{experiment.variant}"
         detect = _DISTRIBUTED.value == "auto"
         with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect):

@@ -5,13 +5,14 @@ propagates shardings from the inputs; only batched solves are split by hand, bec
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from niso import tree
@@ -32,20 +33,23 @@ class MeshShape:
     zero: bool
 
 
-def make_mesh(shape: MeshShape) -> Mesh:
-    """The mesh over all devices of all hosts.
+def make_mesh(shape: MeshShape, pod: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices of all hosts, or over those of a `pod` that need not be there.
 
     Raises:
       UserError: the axes do not multiply to the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.device_count() if pod is None else len(pod)
     data = devices // max(shape.space, 1) if shape.data == -1 else shape.data
     if data * shape.space != devices:
         raise UserError(
             f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {devices} device(s) here; "
             "leave mesh.data=-1 and choose a mesh.space that divides them"
         )
-    return jax.make_mesh((data, shape.space), AXES, axis_types=(AxisType.Auto, AxisType.Auto))
+    types = (AxisType.Auto, AxisType.Auto)
+    if pod is not None:
+        return Mesh(mesh_utils.create_device_mesh((data, shape.space), pod, allow_split_physical_axes=True), AXES, axis_types=types)
+    return jax.make_mesh((data, shape.space), AXES, axis_types=types)
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:

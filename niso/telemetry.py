@@ -1,111 +1,31 @@
-"""What a run says about itself: event files, metrics.jsonl, hours.jsonl, the terminal line, the profiler window.
+"""What a run says about itself: event files, metrics.jsonl, hours.jsonl, the terminal line, profiles.
 
 With niso.event_writer the only importer of clu and tensorboard. Everything but the hours is written by one background thread
 per file; an orderly `close()` loses nothing, and a failed write is a UserError at the next call.
 """
 
 import contextlib
-import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 import numpy as np
 
+from niso import cost
 from niso.errors import UserError
-from niso.event_writer import AppendFile, EventWriter, JsonlWriter, drop_after
-from niso.run_files import HOURS, HOURS_FILE
+from niso.event_writer import AppendFile, EventWriter, JsonlWriter
+from niso.profiler import Profiler
+from niso.speed import DeviceHours, StepTimer, Utilisation, memory_peak
 
 # isort: split
 # After niso.event_writer, which stands in for what clu wants of TensorFlow.
-from clu import metric_writers, periodic_actions
+from clu import metric_writers
 
-
-class StepTimer:
-    """Speed and waiting time between log points; the first step, which compiles, is kept apart.
-
-    Args:
-        clock: seconds, never going back.
-    """
-
-    def __init__(self, clock: Callable[[], float]):
-        self._clock = clock
-        self._begun = clock()  # of the first step, later of the window
-        self._steps: int | None = None  # of the window; None before the first step has ended
-        self._waited = 0.0
-
-    @contextlib.contextmanager
-    def waiting(self) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            end = self._clock()
-            self._waited += end - start
-            if self._steps is None:  # the first step begins when its data is there
-                self._begun = end
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        start = self._clock()
-        try:
-            yield
-        finally:
-            self._begun += self._clock() - start
-
-    def tick(self) -> float | None:
-        """Call after every step. Returns the seconds of the first one, once."""
-        if self._steps is not None:
-            self._steps += 1
-            return None
-        first = self._clock() - self._begun
-        self._restart()
-        return first
-
-    def window(self) -> tuple[float, float] | None:
-        """Returns (steps per second, share of the time spent waiting in [0, 1]) since the last call; starts anew.
-
-        None if no step (after the first one) has been made.
-        """
-        if not self._steps:
-            return None
-        elapsed = max(self._clock() - self._begun, 1e-9)
-        result = self._steps / elapsed, min(self._waited / elapsed, 1.0)
-        self._restart()
-        return result
-
-    def _restart(self) -> None:
-        self._begun, self._steps, self._waited = self._clock(), 0, 0.0
-
-
-class DeviceHours:
-    """Hours since the start times devices, over all resumes: `workdir`/hours.jsonl, apart from what a rerun reproduces.
-
-    A resumed run goes on from what was written up to the step it resumes from: neither waiting for a machine nor steps that were
-    lost count. One whose first part did not know its hours writes none.
-    """
-
-    def __init__(self, workdir: str | os.PathLike[str], resume_step: int, clock: Callable[[], float]):
-        path = Path(workdir) / HOURS_FILE
-        drop_after(path, resume_step if resume_step > 0 else -1)
-        kept = path.read_text().splitlines() if path.exists() else []
-        nothing = 0.0 if resume_step == 0 else None  # an earlier part, by a niso that did not count
-        self._before = json.loads(kept[-1])[HOURS] if kept else nothing
-        self._clock, self._begun = clock, clock()
-        self.file = AppendFile(path)
-
-    def write(self, step: int) -> dict[str, float]:
-        """Appends the hours after `step` updates, and returns them under their name."""
-        if self._before is None:
-            return {}
-        hours = {HOURS: self._before + jax.device_count() * (self._clock() - self._begun) / 3600.0}
-        self.file.write(json.dumps({"step": step} | hours).encode() + b"\n")
-        return hours
+if TYPE_CHECKING:
+    from niso.step import Program
 
 
 def format_metrics(metrics: Mapping[str, float]) -> str:
@@ -140,7 +60,7 @@ class Telemetry:
         workdir: created if missing; a path on a mounted file system.
         steps: of the whole run. batch: examples per step, over all hosts and replicas.
         resume_step: the step the run continues from; what was written about later steps is dropped.
-        profile_steps: (a, b) traces the updates a+1 to b for TensorBoard's profiler; (0, 0) traces nothing.
+        profile_steps: (a, b) traces the updates a+1 to b for TensorBoard's profiler (niso.profiler); (0, 0) traces nothing.
         clock: seconds; for tests.
 
     Raises:
@@ -158,12 +78,11 @@ class Telemetry:
         profile_steps: tuple[int, int] = (0, 0),
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._active, self._steps, self._batch = primary, steps, batch
+        self._active, self._steps, self._batch, self._clock = primary, steps, batch, clock
         self._timer = StepTimer(clock)
         self._resume_step = self._last_step = resume_step
         self._files: list[AppendFile] = []
-        self._profile: Callable[[int], Any] | None = None
-        self._profile_end = profile_steps[1]
+        self._work: Utilisation | None = None
         if not primary:
             return
         if "://" in os.fspath(workdir):
@@ -175,15 +94,7 @@ class Telemetry:
         self._files = [events.file, lines.file, self._hours.file]
         self._events = metric_writers.AsyncWriter(events)
         self._lines = metric_writers.AsyncWriter(lines)
-        first, last = profile_steps
-        if last > first:
-            self._profile = periodic_actions.Profile(
-                logdir=os.fspath(workdir),
-                first_profile=first,
-                num_profile_steps=last - first,
-                profile_duration_ms=None,
-                every_secs=None,
-            )
+        self._profiler = Profiler(workdir, profile_steps, self.say)
 
     def config(self, text: str, hparams: Mapping[str, int | float | str | bool]) -> None:
         """Writes the resolved config as a text, and the flat `hparams` for TensorBoard's table of runs."""
@@ -220,14 +131,30 @@ class Telemetry:
         """Leaves the time of its body, such as an evaluation, out of the training speed."""
         return self._timer.aside()
 
+    def compile(self, program: "Program") -> Callable[..., Any]:
+        """The train step compiled, once and ahead of time: takes and returns what `program.train` does. Says how long that took.
+
+        Raises:
+            UserError: it needs more memory than the devices have.
+        """
+        start = self._clock()
+        traced = program.train.trace(program.state_shapes, program.batch_shapes)
+        step = cost.compiled(traced)
+        if self._active:
+            seconds = self._clock() - start
+            self.say(f"compiled in {seconds:.1f} s")
+            self._events.write_scalars(self._resume_step, {"time/compile_seconds": seconds})
+            device, dtype = program.mesh.devices.flat[0], getattr(program.task, "dtype", "float32")
+            self._work = Utilisation.of(cost.operations(traced).total, program.mesh.size, device.device_kind, dtype)
+            self._profiler.tick(self._resume_step)
+        return step
+
     def tick(self, step: int) -> None:
-        """Call once after every step: times the first one (compilation) and opens and closes the profiler window."""
+        """Call once after every step: begins and ends profiles."""
         self._last_step = step
-        compiled = self._timer.tick()
-        if compiled is not None:
-            self.say(f"compiled in {compiled:.1f} s")
-        if self._profile is not None:
-            self._profile(step)
+        self._timer.tick()
+        if self._active:
+            self._profiler.tick(step)
 
     def progress(self, step: int, metrics: Mapping[str, float], counts: Mapping[str, int] = MappingProxyType({})) -> None:
         """Prints the line of a log point, and writes its speeds and the device hours under time/, and `counts`.
@@ -250,6 +177,8 @@ class Telemetry:
                 line += f"  {format_seconds((self._steps - step) / steps_per_second)} left"
             times |= {"time/steps_per_second": steps_per_second, "time/examples_per_second": examples_per_second}
             times["time/data_wait_share"] = share
+            times |= self._work.scalars(steps_per_second) if self._work else {}
+        times |= memory_peak()
         if times:
             self._events.write_scalars(step, times)
         self.say(line)
@@ -269,12 +198,11 @@ class Telemetry:
             self._check()
 
     def close(self) -> None:
-        """Ends an open profiler window and waits until everything is on disk; calling it again does nothing."""
+        """Ends a profile that is under way and waits until everything is on disk; calling it again does nothing."""
         if not self._active:
             return
+        self._profiler.close()
         self._active = False
-        if self._profile is not None:
-            self._profile(self._profile_end)
         with contextlib.ExitStack() as stack:
             stack.callback(self._lines.close)
             stack.callback(self._events.close)

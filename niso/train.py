@@ -56,6 +56,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> i
 def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal: Journal, state: TrainState) -> int:
     """The steps that are left of a run, from `state`; returns the exit code."""
     e, telemetry = program.experiment, journal.telemetry
+    train = telemetry.compile(program)
     start = int(state.step)
     soundness = Soundness(program, dataset, checkpoints, start)
     if start == 0:
@@ -67,7 +68,7 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
             with telemetry.waiting():
                 batch = next(batches)
             previous = window
-            state, window = program.train(state, program.place(batch))
+            state, window = train(state, program.place(batch))
             soundness.remember(step, window)
             jax.block_until_ready(previous)  # at most two steps in flight: batches do not pile up
             telemetry.tick(step)

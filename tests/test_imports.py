@@ -17,16 +17,19 @@ Sources = dict[str, str]  # module -> text
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
 BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
     "niso.checksums", "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure",
-    "niso.trajectory_files",
+    "niso.trajectory_files", "niso.cost", "niso.hardware", "niso.scaling",
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.checkpoint_files", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal",
     "niso.optimizer", "niso.sharding", "niso.step", "niso.telemetry", "niso.inference", "niso.sequences", "niso.replicas",
-    "niso.soundness", "niso.warm_start",
+    "niso.soundness", "niso.warm_start", "niso.dry_run", "niso.speed", "niso.profiler",
 }  # fmt: skip
 MAY_IMPORT: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
+    "niso.hardware": {"niso.errors"},
+    "niso.cost": {"niso.errors"},
+    "niso.scaling": {"niso.cost", "niso.errors", "niso.hardware"},
     "niso.canvas": {"niso.errors"},
     "niso.figures": {"niso.canvas", "niso.errors"},
     "niso.operator_figures": {"niso.canvas", "niso.errors", "niso.figures"},
@@ -64,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.cluster": {"niso.errors"},
     "niso.peers": {"niso.errors"},
     "niso.distributed": {"niso.cluster", "niso.errors", "niso.peers"},
-    "niso.main": {"niso.config", "niso.distributed", "niso.train", "niso.errors"},
+    "niso.main": {"niso.config", "niso.distributed", "niso.dry_run", "niso.train", "niso.errors"},
     "configs": {"niso.config", "niso.errors"},
     "launch": {"niso.errors"},  # programs of their own: niso.main is started, not imported
     # What a record is, and the things that it is made with.
@@ -77,6 +80,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
+    "niso.hardware": set(),
+    "niso.cost": {"jax", "numpy"},
+    "niso.scaling": set(),
     "niso.canvas": {"numpy", "PIL"},
     "niso.figures": {"numpy", "PIL"},
     "niso.operator_figures": {"numpy"},

@@ -1,6 +1,7 @@
 """The train step compiled ahead of time for a TPU pod that is not there: what crosses chips. A CPU compile would pass falsely."""
 
 import importlib.util
+import json
 import os
 import re
 import subprocess
@@ -9,30 +10,34 @@ from pathlib import Path
 
 import pytest
 
-from tests.test_sharding import COLLECTIVES
-
 REPOSITORY = Path(__file__).parents[1]
-ENVIRONMENT = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+# Metrics and the norm of the gradient are scalars: a few bytes each.
+SCALARS = 200
 
 
-def compile_for_pod(what: str, data: int, space: int) -> str:
-    """The compiled text on v5e:4x4 of the `step` of pose_encode (two residual levels, rank 16), of the `solve` or the `basis`."""
-    from jax.experimental import mesh_utils, topologies
-    from jax.sharding import Mesh
-
-    from niso.sharding import AXES
+def compile_for_pod(what: str, data: int, space: int) -> dict:
+    """Of the `step` of pose_encode (two residual levels, rank 16) on v5e:4x4, of the `solve` or the `basis`: its exchanges, those
+    of its calls that are LAPACK's, and the bytes of its parameters."""
+    from niso import cost, dry_run, sharding
+    from niso.sharding import MeshShape
     from niso.step import Program
     from tests import test_sharding, tiny
 
-    chips = topologies.get_topology_desc(platform="tpu", topology_name="v5e:4x4").devices
-    mesh = Mesh(mesh_utils.create_device_mesh((data, space), chips, allow_split_physical_axes=True), AXES)
+    mesh = sharding.make_mesh(MeshShape(data, space, False), dry_run.pod("v5e:4x4"))
+    parameters = 0
     if what == "solve":
-        return test_sharding.solve_for(mesh, "auto").compile().as_text()
-    if what == "basis":
-        return test_sharding.basis_for(mesh).compile().as_text()
-    e = tiny.experiment(batch=2 * data * space, data__size=32, task__rank=16, task__latent_channels=16)
-    program = Program(e, mesh, tiny.shapes(e))
-    return program.train.lower(program.state_shapes, program.batch_shapes).compile().as_text()
+        lowered = test_sharding.solve_for(mesh, "auto")
+    elif what == "basis":
+        lowered = test_sharding.basis_for(mesh)
+    else:
+        e = tiny.experiment(batch=2 * data * space, data__size=32, task__rank=16, task__latent_channels=16)
+        program = Program(e, mesh, tiny.shapes(e))
+        parameters = sum(shape.size * shape.dtype.itemsize for shape in program.parameter_shapes.values())
+        lowered = program.train.lower(program.state_shapes, program.batch_shapes)
+    text = lowered.compile().as_text()
+    found = [(c.kind, c.axes, c.bytes) for c in cost.collectives(text, mesh)]
+    calls = re.findall(r"(?i)custom_call_target=\"(?:Qr|Eigh|Svd|LuDecomposition)", text)
+    return {"collectives": found, "calls": calls, "parameters": parameters}
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install -e ".[tpu]"')
@@ -40,22 +45,48 @@ def compile_for_pod(what: str, data: int, space: int) -> str:
 @pytest.mark.parametrize(
     "what,data,space,crossing",
     [
-        ("step", 16, 1, {"all-reduce"}),  # gradients and metrics: nothing is gathered around encodings, projections and solves
+        ("step", 16, 1, {("all-reduce", "data")}),  # nothing is gathered around encodings, projections and solves
         ("solve", 16, 1, set()),
         ("solve", 4, 4, set()),
-        ("basis", 1, 16, {"all-reduce"}),  # K x K Gram matrices
+        ("basis", 1, 16, {("all-reduce", "space")}),  # K x K Gram matrices
     ],
 )
-def test_what_crosses_chips(what: str, data: int, space: int, crossing: set[str]) -> None:
-    """`auto` is the solve by matrix products there: its batch and its gradient stay where they are."""
+def test_what_crosses_chips(what: str, data: int, space: int, crossing: set[tuple[str, str]]) -> None:
+    """`auto` is the solve by matrix products there: its batch and its gradient stay where they are. What the step sums over
+    `data` is one gradient for each parameter, and scalars."""
     command = [sys.executable, "-m", "tests.test_pod", what, str(data), str(space)]
-    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ | ENVIRONMENT, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert set(re.findall(COLLECTIVES, done.stdout)) == crossing
-    assert not re.search(r"(?i)custom_call_target=\"(Qr|Eigh|Svd|LuDecomposition)", done.stdout)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert {(kind, axes) for kind, axes, _ in found["collectives"]} == crossing
+    assert not found["calls"]
+    if what == "step":
+        total = sum(size for _, _, size in found["collectives"])
+        assert found["parameters"] < total + SCALARS and total < found["parameters"] + SCALARS
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason='libtpu is not installed: pip install -e ".[tpu]"')
+@pytest.mark.timeout(600)
+def test_a_dry_run_for_a_pod() -> None:
+    """Its report as a user gets it, and the refusal of what does not exist and of what a chip cannot hold."""
+    small = [
+        "--config=configs/pose_encode.py:quick", "--dry_run", "--config.data.size=16", "--config.task.widths=(4,8)",
+        "--config.task.latent_channels=8", "--config.task.rank=8", "--config.batch=16",
+    ]  # fmt: skip
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "niso.main", *small, *arguments]
+        return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+
+    done = run("--topology=v5e:4x4", "--config.mesh.space=2")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "v5e:4x4: 16 device(s) (TPU v5 lite), mesh data 8 x space 2" in done.stdout and " of 16.00 GB" in done.stdout
+    assert re.search(r"^all-reduce +data", done.stdout, re.M) and re.search(r"^4,096 ", done.stdout, re.M)
+    refused = run("--topology=v5e:nine")
+    assert refused.returncode == 2 and re.fullmatch(r"niso: --topology v5e:nine: .*as in v5e:16x16\n", refused.stderr)
 
 
 if __name__ == "__main__":
     import tests.conftest  # noqa: F401  (the CPU is this process's own platform)
 
-    print(compile_for_pod(sys.argv[1], int(sys.argv[2]), int(sys.argv[3])))
+    print(json.dumps(compile_for_pod(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))

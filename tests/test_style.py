@@ -14,8 +14,9 @@ FILES = sorted(path for folder in ("niso", "data_prep", "configs", "launch") for
 LIBRARY = [path for path in FILES if "niso" in path.relative_to(ROOT).parts]
 # Who may speak to the terminal; everything else returns, raises or goes through telemetry.
 SPEAKERS = {
-    "niso/checkpoint.py", "niso/distributed.py", "niso/main.py", "niso/peers.py", "niso/predict.py", "niso/report.py",
-    "niso/telemetry.py", "niso/train.py", "niso/trajectories.py", "niso/data/reading.py", "niso/data/synthetic.py", "niso/data/watchdog.py",
+    "niso/checkpoint.py", "niso/distributed.py", "niso/dry_run.py", "niso/main.py", "niso/peers.py", "niso/predict.py",
+    "niso/report.py", "niso/telemetry.py", "niso/train.py", "niso/trajectories.py", "niso/data/reading.py",
+    "niso/data/synthetic.py", "niso/data/watchdog.py",
 }  # fmt: skip
 LONGEST = 300
 

@@ -2,13 +2,20 @@
 
 import io
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
@@ -19,6 +26,7 @@ from niso import telemetry
 from niso.errors import UserError
 from niso.event_writer import METRICS_FILE, AppendFile, EventWriter, JsonlWriter, drop_after
 from niso.telemetry import Telemetry
+from tests.conftest import mesh_of
 
 
 class Clock:
@@ -170,8 +178,7 @@ def test_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
             clock.now += 1.0
             run.tick(step)
         run.progress(400, {"loss": 0.0})
-    compiled, line, again, last = capsys.readouterr().out.splitlines()
-    assert compiled == "compiled in 12.3 s"
+    line, again, last = capsys.readouterr().out.splitlines()
     assert line == (
         "step 120/400 (30 %)  loss 0.4123  equivariance 0.0911  accuracy 97.380  rate 5.000e-04"
         " | 2.00 steps/s  32.0 examples/s  waiting for data 20 %  2 min 20 s left"
@@ -183,6 +190,78 @@ def test_progress_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> No
     assert scalars(events, "time/examples_per_second")[0] == (120, pytest.approx(32.0))
     assert scalars(events, "time/data_wait_share")[0] == (120, pytest.approx(0.2))
     assert (tmp_path / METRICS_FILE).read_text() == "", "speeds are no results"
+
+
+def program(dtype: str = "bfloat16", kind: str | None = None) -> Any:
+    """What Telemetry.compile asks of a Program: a step of 2 x 8 x 8 x 8 operations on two devices, of another kind at will."""
+    mesh = mesh_of(2)
+    place = NamedSharding(mesh, PartitionSpec("data"))
+    step = jax.jit(
+        lambda state, batch: (state @ batch, jnp.sum(batch)),
+        in_shardings=(place, place), out_shardings=(place, None), donate_argnums=0,
+    )  # fmt: skip
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    if kind:
+        mesh = SimpleNamespace(size=2, devices=np.array([SimpleNamespace(device_kind=kind)]))  # type: ignore[assignment]
+    return SimpleNamespace(train=step, state_shapes=shape, batch_shapes=shape, mesh=mesh, task=SimpleNamespace(dtype=dtype))
+
+
+def test_the_step_is_compiled_once_and_keeps_donation_and_shardings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    p = program()
+    place = NamedSharding(p.mesh, PartitionSpec("data"))
+    state, batch = jax.device_put((jnp.ones((8, 8)), jnp.ones((8, 8))), place)
+    compilations: list[str] = []
+    jax.monitoring.register_event_duration_secs_listener(lambda event, _, **__: compilations.append(event))
+    with Telemetry(tmp_path, steps=9, batch=1) as run:
+        step = run.compile(p)
+        first = state
+        for _ in range(3):
+            state, _ = step(state, batch)
+    jax.monitoring.clear_event_listeners()
+    assert compilations.count("/jax/core/compile/backend_compile_duration") == 1
+    assert first.is_deleted() and state.sharding == place
+    assert re.fullmatch(r"compiled in \d+\.\d s\n", capsys.readouterr().out)
+    ((at, seconds),) = scalars(read(tmp_path), "time/compile_seconds")
+    assert at == 0 and 0 < seconds < 60
+
+
+@pytest.mark.parametrize(
+    "kind,dtype,tag,expected",
+    [
+        (None, "bfloat16", "time/flops_per_second", 2.0 * 1024),
+        ("TPU v5 lite", "float32", "time/mfu", 2.0 * 1024 / (2 * 197e12)),
+        ("NVIDIA H200", "bfloat16", "time/mfu", 2.0 * 1024 / (2 * 989e12)),
+        ("NVIDIA H200", "float32", "time/mfu", 2.0 * 1024 / (2 * 494e12)),
+    ],
+)
+def test_how_hard_the_devices_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str | None, dtype: str, tag: str, expected: float
+) -> None:
+    held = SimpleNamespace(memory_stats=lambda: {"peak_bytes_in_use": 2_500_000_000})
+    monkeypatch.setattr(jax, "local_devices", lambda: [held, SimpleNamespace(memory_stats=lambda: None)])
+    clock = Clock()
+    with Telemetry(tmp_path, steps=9, batch=1, clock=clock) as run:
+        run.compile(program(dtype, kind))
+        for step in (1, 2, 3):
+            clock.now += 0.5
+            run.tick(step)
+        run.progress(3, {})
+    events = read(tmp_path)
+    assert scalars(events, tag) == [(3, pytest.approx(expected))]
+    assert {"time/mfu", "time/flops_per_second"} - {tag} - set(events.Tags()["tensors"]), "one or the other"
+    assert scalars(events, "time/device_memory_peak_gb") == [(3, 2.5)]
+    assert (tmp_path / METRICS_FILE).read_text() == "", "speeds are no results"
+
+
+def test_restarts_are_counted_over_all_starts(tmp_path: Path) -> None:
+    for resume_step, last in ((0, 0), (0, 3), (2, 5), (4, 4), (2, 5)):  # the first two without a checkpoint; one ends at once
+        with Telemetry(tmp_path, steps=9, batch=1, resume_step=resume_step) as run:
+            for step in range(resume_step + 1, last + 1):
+                run.tick(step)
+                run.progress(step, {})
+    found = scalars(read(tmp_path), "time/restarts")
+    assert found[-3:] == [(3, 4), (4, 4), (5, 4)]
+    assert dict(found)[1] == 1
 
 
 def test_time_spent_aside_is_not_training_time(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -278,15 +357,33 @@ def test_close_waits_for_every_line_and_can_be_repeated(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("last", "stopped"), [(9, 5), (4, 4)])
-def test_profiler_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int, stopped: int) -> None:
+def test_profiler_window(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], last: int, stopped: int
+) -> None:
     calls: list[tuple[str, int]] = []
     step = 0
-    monkeypatch.setattr("clu.profiler.start", lambda logdir: calls.append(("start", step)))
-    monkeypatch.setattr("clu.profiler.stop", lambda: calls.append(("stop", step)))
+    monkeypatch.setattr("jax.profiler.start_trace", lambda logdir: calls.append(("start", step)))
+    monkeypatch.setattr("jax.profiler.stop_trace", lambda: calls.append(("stop", step)))
     with Telemetry(tmp_path, steps=9, batch=1, profile_steps=(3, 5)) as run:
         for step in range(1, last + 1):  # the lambdas see it
             run.tick(step)
     assert calls == [("start", 3), ("stop", stopped)], "the trace holds steps 4 and 5, and a run that ends early closes it"
+    assert f"profile of steps 4 to {stopped} in {tmp_path}" in capsys.readouterr().out
+
+
+def test_a_profile_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    before = signal.getsignal(signal.SIGUSR1)
+    with Telemetry(tmp_path, steps=99, batch=1, profile_steps=(0, 2)) as run:
+        run.compile(program())  # a window may begin with the first step
+        for step in range(1, 21):
+            jnp.ones(3).block_until_ready()
+            if step in (4, 6):
+                os.kill(os.getpid(), signal.SIGUSR1)  # the second during the trace that the first began
+            run.tick(step)
+    assert signal.getsignal(signal.SIGUSR1) is before
+    found = re.findall(r"profile of steps (\d+ to \d+) in (\S+): tensorboard --logdir", capsys.readouterr().out)
+    assert [steps for steps, _ in found] == ["1 to 2", "5 to 9", "10 to 14"]
+    assert all(list(Path(folder).glob("*.xplane.pb")) for _, folder in found)
 
 
 def test_tensorflow_is_never_imported(tmp_path: Path) -> None:
