@@ -126,14 +126,18 @@ def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     A batch that the mesh does not divide (the few examples of a figure) is filled up with zero matrices, whose results are
     dropped: without the split every device would solve all of it. Kept to the solve itself, with gradients taken outside:
     inside a larger shard_map some combinations of replicated and split values are silently wrong by the size of an axis.
+    Before and after, and for gradients too, the batch is held where examples are: the compiler would else carry the split over
+    `space` on into the networks, where rows have that axis, and gather whole batches of activations between the two.
     """
+    examples = NamedSharding(mesh, PartitionSpec("data"))
+    hold = (lambda x: jax.lax.with_sharding_constraint(x, examples)) if mesh.shape["space"] > 1 else lambda x: x
 
     def split(x_BxRxK: Array, **options: Any) -> Array:
         batch = x_BxRxK.shape[0]
-        filled_BxRxK = jnp.pad(x_BxRxK, ((0, -batch % mesh.size), (0, 0), (0, 0)))
+        filled_BxRxK = hold(jnp.pad(x_BxRxK, ((0, -batch % mesh.size), (0, 0), (0, 0))))
         spec = PartitionSpec(AXES)
         run = jax.shard_map(lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return run(filled_BxRxK)[:batch]
+        return hold(run(filled_BxRxK))[:batch]
 
     return split
 
