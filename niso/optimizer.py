@@ -1,6 +1,7 @@
 """AdamW with warm-up and cosine decay, as published, on flat parameter dicts."""
 
 import dataclasses
+import math
 
 import optax
 
@@ -40,6 +41,14 @@ class Optimizer:
             raise UserError(f"optimizer.warmup={self.warmup} leaves nothing of the {total} steps: shorten it")
         base = optax.warmup_cosine_decay_schedule(0.0, self.peak, self.warmup, total, self.final)
         return lambda count: base(count + 1)
+
+    def rate(self, steps: int, count: int) -> float:
+        """`schedule` on the host: read off a device, it would wait there for the steps that are under way."""
+        total, n = self.decay_steps or steps, count + 1
+        if n < self.warmup:
+            return self.peak * n / self.warmup
+        share = min((n - self.warmup) / (total - self.warmup), 1.0)
+        return self.final + (self.peak - self.final) * 0.5 * (1.0 + math.cos(math.pi * share))
 
     def transformation(self, steps: int) -> optax.GradientTransformation:
         """The optax chain for a run of `steps` updates."""

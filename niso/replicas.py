@@ -173,9 +173,9 @@ def mean_and_error(values: Sequence[dict[str, float]]) -> tuple[dict[str, float]
 
     A name that some replica counted nothing for is left out.
     """
+    if len(values) == 1:
+        return dict(values[0]), {}
     names = [name for name in values[0] if all(name in of_one for of_one in values)]
     table = {name: np.array([of_one[name] for of_one in values]) for name in names}
     means = {name: float(column.mean()) for name, column in table.items()}
-    if len(values) == 1:
-        return means, {}
     return means, {name: float(column.std(ddof=1) / len(column) ** 0.5) for name, column in table.items()}

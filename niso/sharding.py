@@ -33,23 +33,30 @@ class MeshShape:
     zero: bool
 
 
-def make_mesh(shape: MeshShape, pod: Sequence[Any] | None = None) -> Mesh:
-    """The mesh over all devices of all hosts, or over those of a `pod` that need not be there.
+def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
+    """The mesh over all devices of all hosts, or over those given (a pod's that is not there): neighbours on the mesh are close to
+    each other, and where there are several TPU slices, `space` stays within one.
 
     Raises:
-      UserError: the axes do not multiply to the number of devices.
+      UserError: the axes do not multiply to the number of devices, or slices cannot be divided so.
     """
-    devices = jax.device_count() if pod is None else len(pod)
-    data = devices // max(shape.space, 1) if shape.data == -1 else shape.data
-    if data * shape.space != devices:
+    devices = jax.devices() if devices is None else devices
+    data = len(devices) // max(shape.space, 1) if shape.data == -1 else shape.data
+    if data * shape.space != len(devices):
         raise UserError(
-            f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {devices} device(s) here; "
+            f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {len(devices)} device(s) here; "
             "leave mesh.data=-1 and choose a mesh.space that divides them"
         )
-    types = (AxisType.Auto, AxisType.Auto)
-    if pod is not None:
-        return Mesh(mesh_utils.create_device_mesh((data, shape.space), pod, allow_split_physical_axes=True), AXES, axis_types=types)
-    return jax.make_mesh((data, shape.space), AXES, axis_types=types)
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if data % slices:
+        raise UserError(f"mesh.space={shape.space} does not fit into one of the {slices} slices here: choose one that divides it")
+    # jax.make_mesh would not split a side of a slice over both axes, but for v5e: space = 4 of 16 x 16 v6e chips needs that.
+    if slices == 1:
+        grid = mesh_utils.create_device_mesh((data, shape.space), devices, allow_split_physical_axes=True)
+    else:
+        inner, outer = (data // slices, shape.space), (slices, 1)
+        grid = mesh_utils.create_hybrid_device_mesh(inner, outer, devices, allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto, AxisType.Auto))
 
 
 def check_batch(mesh: Mesh, batch: int, accumulate: int) -> None:

@@ -58,7 +58,6 @@ class Program:
         self.replicas = Replicas(mesh, experiment.seed, experiment.seeds)
         self.task = dataclasses.replace(experiment.task, procrustes=self.replicas.solve(experiment.task.procrustes))
         self.optimizer = experiment.optimizer.transformation(experiment.steps)
-        self.schedule = experiment.optimizer.schedule(experiment.steps)
         self.replicas.check_batch(experiment.batch, experiment.optimizer.accumulate)
 
         model = nnx.eval_shape(partial(self._init_model, experiment.seed))
@@ -112,7 +111,7 @@ class Program:
 
     def learning_rate(self, step: int) -> float:
         """Learning rate of the update that led to `step`."""
-        return float(self.schedule(step - 1))
+        return self.experiment.optimizer.rate(self.experiment.steps, step - 1)
 
     # Below, everything is of one replica: `seed` is a number, or a replica's key where several are mapped over.
 

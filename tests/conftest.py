@@ -27,9 +27,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def mesh_of(data: int, space: int = 1) -> Mesh:
     """A mesh over the first data x space of the eight devices."""
-    devices = jax.devices()[: data * space]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jax, "device_count", lambda: len(devices))
-        make = jax.make_mesh
-        patch.setattr(jax, "make_mesh", lambda *args, **options: make(*args, devices=devices, **options))
-        return make_mesh(MeshShape(data, space, False))
+    return make_mesh(MeshShape(data, space, False), jax.devices()[: data * space])

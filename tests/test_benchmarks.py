@@ -13,7 +13,7 @@ from jax import Array
 
 from niso.geometry.polar import METHODS, polar_factor
 from tests import tiny
-from tests.benchmarks import pixels, solve, timing, train_step
+from tests.benchmarks import loop, pixels, solve, timing, train_step
 from tests.conftest import mesh_of
 from tests.test_polar import matrices, twin
 
@@ -110,6 +110,18 @@ def test_train_step_of_a_tiny_experiment(
     assert row["tflops"] == pytest.approx(row["gflop"] / 8 / row["step_ms"])
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3 and "temporary_mb" in lines[1] and "e-" not in lines[2]
+
+
+def test_the_loop_is_measured_without_and_with_log_points(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
+    path = tmp_path / "loop.json"
+    assert loop.main(["--steps=400", f"--json={path}"]) == 0
+    rows = report(path)["rows"]
+    assert [(row["log_every"], row["windows"]) for row in rows] == [(400, 2), (1, 2)]
+    for row in rows:
+        assert 0 < row["fastest_ms"] <= row["elapsed_ms"] and 0 < row["thread_ms"] <= row["elapsed_ms"]
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(SystemExit):
+        loop.main(["--steps=250"])
 
 
 def test_operations_are_those_of_the_whole_step_whatever_recomputes_or_accumulates() -> None:

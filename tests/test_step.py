@@ -127,6 +127,8 @@ def test_schedule() -> None:
     # 1e-4: optax's schedules are float32.
     assert rate(0) == pytest.approx(5e-4 / 2_000, rel=1e-4) and rate(1_999) == pytest.approx(5e-4, rel=1e-4)
     assert rate(101_000 - 1) == pytest.approx((5e-4 + 5e-5) / 2, rel=1e-3) and rate(199_999) == pytest.approx(5e-5, rel=1e-4)
+    for count in (0, 3, 1_998, 1_999, 2_000, 100_000, 199_999, 300_000):
+        assert optimizer.rate(200_000, count) == pytest.approx(float(rate(count)), rel=1e-4), "what is logged"
     longer = Optimizer(5e-4, 5e-5, 2_000, 1_000_000, 0.9, 0.999, 1e-4, ".*", 0.0, 1).schedule(200_000)
     assert longer(199_999) > 4.5e-4  # the reference code's schedule hardly decays within the run
     with pytest.raises(UserError, match="warmup"):

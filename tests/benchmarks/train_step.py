@@ -5,7 +5,7 @@
 
 The `paper` variant on random frames: no records are read. Memory and TFLOP/s are those of one device; GFLOP is the whole step's
 mathematics, without what rematerialisation does twice. MFU is TFLOP/s over a peak: that of a matmul in the network's dtype,
-measured in the same run, and (bfloat16) the nominal one of the device's data sheet. The persistent compilation cache, if it is
+measured in the same run, and the one that its vendor publishes (niso/hardware.py). The persistent compilation cache, if it is
 on, makes compile_s the time to read it.
 """
 
@@ -28,21 +28,12 @@ from jax import Array
 from jax.sharding import Mesh
 
 import configs
-from niso import sharding
+from niso import hardware, sharding
 from niso.config import Experiment, flat
 from niso.errors import UserError
 from niso.step import Program, TrainState
 from tests.benchmarks import timing
 
-# Dense bfloat16 TFLOP/s of one device, by the name that jax gives it. H100 (SXM), H200 (SXM) and A100: NVIDIA's data sheets, half
-# of the 1,979 and 624 that they print for sparse matrices. TPUs: "peak compute per chip" on the Cloud TPU documentation's pages
-# v4, v5e, v5p and v6e. float32 is left out: at the default precision it runs as TF32 on GPUs and as bfloat16 on TPUs.
-NOMINAL_TFLOPS = {
-    "NVIDIA H100 80GB HBM3": 989.0, "NVIDIA H200": 989.0,
-    "NVIDIA A100-SXM4-40GB": 312.0, "NVIDIA A100-SXM4-80GB": 312.0, "NVIDIA A100-PCIE-40GB": 312.0, "NVIDIA A100 80GB PCIe": 312.0,
-    "TPU v4": 275.0, "TPU v5 lite": 197.0, "TPU v5e": 197.0, "TPU v5": 459.0, "TPU v5p": 459.0,
-    "TPU v6 lite": 918.0, "TPU v6e": 918.0,
-}  # fmt: skip
 # Products in a row between two looks at the clock, and the edges of the matmuls whose fastest is the measured peak.
 PEAK_ON_CPU = (1, (1024, 2048))
 PEAK_ELSEWHERE = (10, (2048, 4096, 8192))
@@ -168,7 +159,8 @@ def measure(name: str, e: Experiment, rounds: int) -> dict[str, Any]:
     dtype = getattr(e.task, "dtype", "float32")
     tflops = flops / mesh.size / step_ms / 1e9
     peak = matmul_peak(dtype)
-    nominal = NOMINAL_TFLOPS.get(jax.devices()[0].device_kind) if dtype == "bfloat16" else None
+    chip = hardware.find(jax.devices()[0].device_kind)
+    nominal = chip.peak(dtype) / 1e12 if chip else None
     return {
         "config": name, "dtype": dtype, "batch": e.batch, "remat": getattr(e.task, "remat", None), "devices": mesh.size,
         "lower_s": lower_s, "compile_s": compile_s, "step_ms": step_ms,
