@@ -47,7 +47,7 @@ def make_mesh(shape: MeshShape, devices: Sequence[Any] | None = None) -> Mesh:
             f"mesh.data={shape.data} x mesh.space={shape.space} does not cover the {len(devices)} device(s) here; "
             "leave mesh.data=-1 and choose a mesh.space that divides them"
         )
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
     if data % slices:
         raise UserError(f"mesh.space={shape.space} does not fit into one of the {slices} slices here: choose one that divides it")
     # jax.make_mesh would not split a side of a slice over both axes, but for v5e: space = 4 of 16 x 16 v6e chips needs that.

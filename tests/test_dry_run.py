@@ -11,12 +11,13 @@ import pytest
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from niso import cost, dry_run, hardware, scaling
+from niso import cost, dry_run, hardware, main, scaling
 from niso.cost import Collective
 from niso.errors import UserError
 from niso.scaling import Work
 from tests import tiny
 from tests.conftest import mesh_of
+from tests.test_bad_input import REPOSITORY, forget_flags
 
 A, B = jnp.zeros((3, 5)), jnp.zeros((5, 7))
 PRODUCT = 2 * 3 * 5 * 7
@@ -214,3 +215,10 @@ def test_the_chips_are_those_that_jax_names() -> None:
     assert hardware.find("cpu") is None
     for one in hardware.CHIPS.values():
         assert one.full < one.float32 <= one.bfloat16 and one.link < one.bandwidth and one.domain > 1
+
+
+def test_a_topology_without_a_dry_run_is_a_mistake(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    forget_flags()
+    assert main.main(["niso", "--config=configs/pose_encode.py:quick", "--topology=v5e:4x4"]) == 2
+    assert capsys.readouterr().err == "niso: --topology=v5e:4x4 is for --dry_run: leave it out to train on what is here\n"
