@@ -16,6 +16,7 @@ TEST = [
     "mypy>=1.18",
     "evo>=1.38",
     "scikit-learn>=1.3",
+    "trimesh>=4.4",
 ]
 
 setup(
@@ -44,7 +45,7 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
-        "prep": ["pillow>=10.1", "scipy>=1.14"],  # images; homNIST's file and meshes
+        "prep": ["pillow>=10.1", "scipy>=1.14", "trimesh>=4.4"],  # images; homNIST's file and meshes; files of meshes
         "samples": ["scikit-learn>=1.3"],  # for its photographs and digits, the built-in twins of a folder of images and of MNIST
         "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,

@@ -57,19 +57,21 @@ class Conformal:
     seconds: float
 
 
-def process(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray) -> Conformal:
+def process(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray, sphere_Vx3: np.ndarray | None = None) -> Conformal:
     """The mesh on the sphere with its heat-kernel signature: the same bits for the same input, but for `seconds`.
 
-    The sphere's rotation is the flow's, near the mesh's own. Position and size of the mesh do not matter.
+    The sphere's rotation is the flow's, near the mesh's own. Position and size of the mesh do not matter. A map to the sphere
+    that is known already, `sphere_Vx3`, is taken instead of the flow's, and centred too.
 
     Raises:
-        UserError: the mesh is no closed surface of genus 0 (`surface.checked`), has too few vertices, or the flow broke down.
+        UserError: the mesh is no closed surface of genus 0 (`surface.checked`), has too few vertices, the flow broke down, or
+            sphere_Vx3 is not one point around the origin for every vertex.
     """
     began = time.perf_counter()
     vertex_Vx3, face_Fx3 = surface.checked(vertex_Vx3, face_Fx3)
     stiffness_VxV, mass_V = surface.stiffness(vertex_Vx3, face_Fx3), surface.vertex_areas(vertex_Vx3, face_Fx3)
     hks_VxT = surface.heat_kernel_signature(*surface.eigenpairs(stiffness_VxV, mass_V))
-    sphere_Vx3, iterations = flow(vertex_Vx3, face_Fx3)
+    sphere_Vx3, iterations = flow(vertex_Vx3, face_Fx3) if sphere_Vx3 is None else (_known(sphere_Vx3, vertex_Vx3), 0)
     stored_Vx3 = centred(sphere_Vx3, mass_V).astype(np.float32)
     flipped, distortion, lost = quality(vertex_Vx3, face_Fx3, stored_Vx3)
     seconds = time.perf_counter() - began
@@ -175,6 +177,18 @@ def _centred_unit_area(x_Vx3: np.ndarray, face_Fx3: np.ndarray) -> tuple[np.ndar
     mass_V = surface.vertex_areas(x_Vx3, face_Fx3)
     area = mass_V.sum()
     return (x_Vx3 - mass_V @ x_Vx3 / area) / np.sqrt(area), mass_V / area
+
+
+def _known(sphere_Vx3: np.ndarray, vertex_Vx3: np.ndarray) -> np.ndarray:
+    """The points of a given map, on the unit sphere; UserError unless they are on one, within 1 %, and as many as vertices."""
+    if sphere_Vx3.shape != vertex_Vx3.shape:
+        raise UserError(f"the mesh has {len(vertex_Vx3)} vertices, its map to the sphere {len(sphere_Vx3)}: they must correspond")
+    length_V = np.linalg.norm(sphere_Vx3, axis=1)
+    if not np.ptp(length_V) < 0.01 * length_V.mean():  # nor where one is not a number
+        raise UserError(
+            f"its map to the sphere has points {length_V.min():.3g} to {length_V.max():.3g} from the origin: not one sphere"
+        )
+    return _unit(np.asarray(sphere_Vx3, np.float64))
 
 
 def _unit(x_Vx3: np.ndarray) -> np.ndarray:

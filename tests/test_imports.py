@@ -114,6 +114,8 @@ LIBRARIES: dict[str, set[str]] = {
     "data_prep.homnist_mat": {"numpy", "scipy"},
     "data_prep.surface": {"numpy", "scipy"},
     "data_prep.conformal": {"numpy", "scipy"},
+    "data_prep.sphere_raster": {"numpy", "scipy"},
+    "data_prep.mesh_files": {"numpy", "trimesh"},
 }
 # Libraries with one door each.
 DOORS: dict[str, set[str]] = {
@@ -127,9 +129,10 @@ DOORS: dict[str, set[str]] = {
     "optax": {"niso.optimizer", "niso.step"},
     "orbax": {"niso.checkpoint", "niso.checkpoint_files"},
     # MATLAB's files; sparse matrices of meshes. It comes with jax.
-    "scipy": {"data_prep.homnist_mat", "data_prep.surface", "data_prep.conformal"},
+    "scipy": {"data_prep.homnist_mat", "data_prep.surface", "data_prep.conformal", "data_prep.sphere_raster"},
     "sklearn": {"data_prep.samples"},  # an optional extra
     "tensorboard": {"niso.event_writer"},
+    "trimesh": {"data_prep.mesh_files"},  # an optional extra
     # A task by its name; the twin's generator; niso.load only when it is asked for.
     "importlib.import_module": {"niso.tasks.base", "niso.data.synthetic", "niso"},
 }

@@ -14,17 +14,17 @@ class Dataset:
     """One row.
 
     Attributes:
-        kind: What an example is: a window of frames of a video, or a stack of still images.
+        kind: What an example is: a window of frames of a video, a stack of still images, or a surface.
         units: What the user prepares more of where there are too few.
         schema: Entries of a record whose pictures have that edge.
         splits: Names of the splits, the one to train on first.
         command: What the user types to make the records; the folder to make follows.
         quick: What the user can do without them.
-        classes: Names of the labels, by number; empty where there are none.
+        classes: Names of the labels, by number; empty where there are none, or the manifest has them.
         size: The only edge that its pictures come in, in pixels; None where the preparation resizes them to any.
     """
 
-    kind: Literal["windows", "stills"]
+    kind: Literal["windows", "stills", "surfaces"]
     units: str
     schema: Callable[[int], records.Schema]
     splits: tuple[str, ...]
@@ -63,6 +63,15 @@ DATASETS = {
         quick="or run --config=configs/hmnist_encode.py:quick, which needs none",
         classes=tuple("0123456789"),
         size=28,
+    ),
+    # Closed meshes of genus 0, SHREC'11's for one; a record is one of them on the sphere, and its class.
+    "shapes": Dataset(
+        kind="surfaces",
+        units="meshes",
+        schema=records.surface,
+        splits=("train", "test"),
+        command="python -m data_prep.shapes --root MESHES --out",
+        quick="or set --config.data.twin=small, which needs none",
     ),
 }
 # Those that have no images to train on: datasets of other images are tested on them.

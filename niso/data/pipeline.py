@@ -10,6 +10,7 @@ from niso.data import datasets, records
 from niso.data.split import Split, describe
 from niso.data.stills import Stills
 from niso.data.stream import Batch, Batches, Examples, Opened, Rows, Source, find_records
+from niso.data.surfaces import Surfaces
 from niso.data.windows import Windows
 from niso.errors import RecordError, UserError
 
@@ -148,7 +149,7 @@ class PairDataset(Examples):
 
 
 # The section config.data is the class of its dataset's kind.
-KINDS: dict[str, type[Source]] = {"windows": Data, "stills": Stills}
+KINDS: dict[str, type[Source]] = {"windows": Data, "stills": Stills, "surfaces": Surfaces}
 
 
 def kind_of(dataset: str) -> type[Source]:

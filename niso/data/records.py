@@ -1,8 +1,9 @@
-"""Records on disk: the schema of a frame or image, shards, their index and manifest, and random access to them.
+"""Records on disk: shards, their index and manifest, and random access to them.
 
 A folder of records holds, per split, shards `train-00000-of-00012.array_record` and `index-train.json` (where each
-sequence lies), and one `manifest.json`, written last: without it the folder is unfinished.  A record is one frame or image as a
-serialised tf.train.Example (niso/data/example.py).  Files appear under their final name only when they are complete.
+sequence lies), and one `manifest.json`, written last: without it the folder is unfinished.  A record is one frame, image or
+surface (niso/data/schemas.py) as a serialised tf.train.Example (niso/data/example.py).  Files appear under their final name
+only when they are complete.
 """
 
 import collections
@@ -19,11 +20,12 @@ from typing import Any
 from array_record.python import array_record_module
 
 from niso.data.example import Example, Field, Schema, Value, decode, encode
+from niso.data.schemas import FRAME, still, surface
 from niso.errors import RecordError, UserError
 
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
-    "describe_shard", "encode", "read_index", "read_json", "still", "temporary", "write_index", "write_json",
+    "describe_shard", "encode", "read_index", "read_json", "still", "surface", "temporary", "write_index", "write_json",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -34,21 +36,6 @@ _FEWEST_OPEN = 16
 _READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
 _MAKE = "make them with: python -m data_prep.DATASET --out"
 _REPAIR = "delete that file and run the data preparation again, it makes only what is missing"
-
-# One frame of a posed video: OpenCV camera-to-world (world units arbitrary per sequence), intrinsics in pixels of the
-# stored square image.
-FRAME: Schema = {
-    "image_jpeg": Field("bytes", None),
-    "camera_to_world_4x4": Field("float64", (4, 4)),
-    "intrinsics_3x3": Field("float64", (3, 3)),
-    "frame_number": Field("int64", ()),
-}
-
-
-def still(size: int, channels: int = 3, labelled: bool = False) -> Schema:
-    """One image of that edge: raw, since at the 16 pixels that are usual a JPEG would be larger, and is lossy."""
-    image = {"image_HxWxC": Field("uint8", (size, size, channels))}
-    return image | {"label": Field("int64", ())} if labelled else image
 
 
 def temporary(path: pathlib.Path) -> pathlib.Path:
@@ -149,7 +136,7 @@ class Manifest:
     """What a finished folder of records holds.
 
     `size` is the side of the stored images in pixels, `options` what the preparation was asked for, `splits` the shards
-    of each split in order, `left_out` how much was dropped, per reason.
+    of each split in order, `left_out` how much was dropped, per reason, `facts` what the preparation learnt of all of them.
     """
 
     format: int
@@ -158,6 +145,7 @@ class Manifest:
     options: dict[str, Any]
     splits: dict[str, tuple[Shard, ...]]
     left_out: dict[str, int]
+    facts: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def write(self, root: str | os.PathLike[str]) -> None:
         """Writes root/manifest.json, whole or not at all."""

@@ -146,7 +146,7 @@ class Gallery:
         Numbers go on beyond the last image with a further copy of the first one, and so on.
         """
         copy_N, item_N = np.divmod(item_BxS.ravel(), self.size)
-        found = self._read(item_N) if self.stored is None else {name: value[item_N] for name, value in self.stored.items()}
+        found = self.entries(item_N)
         image_BxSxHxWxC = found[IMAGE].reshape(*item_BxS.shape, *_shape(self.reader.schema))
         examples, stack, height, width, channels = image_BxSxHxWxC.shape
         stacked_BxHxWxSxC = np.empty((examples, height, width, stack, channels), np.uint8)
@@ -164,6 +164,10 @@ class Gallery:
         """What the image with this number, or a copy of it, is called: with its record."""
         shard, number = self._record(item % self.size)
         return f"image {item % self.size} (record {number} of {shard})"
+
+    def entries(self, item_N: np.ndarray) -> Batch:
+        """Every entry of the records with these numbers, along a first axis."""
+        return self._read(item_N) if self.stored is None else {name: value[item_N] for name, value in self.stored.items()}
 
     def order(self, examples: int, stack: int) -> np.ndarray:
         """item_ExS: that many examples in one fixed shuffled order of all images, from its start again where it ends.

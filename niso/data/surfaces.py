@@ -1,0 +1,139 @@
+"""Closed surfaces on the sphere to host batches: an example is one mesh, its heat-kernel signature on a grid, and its class.
+
+The grid is finer than the network's: tasks draw Möbius maps and sample it on the device (niso/geometry/latlong.py), so the host
+has nothing to compute and any number of views of a mesh cost its bytes once. A test set that is always the same has maps that are
+functions of the example: of its number and, where each is evaluated several times, of the number of the copy.
+"""
+
+import dataclasses
+import math
+
+import numpy as np
+
+from niso.data import records
+from niso.data.schemas import SIGNATURE
+from niso.data.stills import Gallery
+from niso.data.stream import Batch, Examples, Source, find_records
+from niso.errors import UserError
+
+CLIP = 2.5  # standard deviations that -1 and 1 stand for, as published
+_ENTRIES = ("signal_HxWxC", "low_C", "step_C", "label")
+
+
+@dataclasses.dataclass(frozen=True)
+class Surfaces(Source["SurfaceDataset"]):
+    """The keys of config.data for surfaces, besides those of every Source; `size` is the rows of the stored grid.
+
+    Attributes:
+        test_copies: How often each test mesh is evaluated; for tasks that map each copy in another way.
+        in_memory: Read all signals once at the start, 2 bytes for each point and channel, instead of those of every batch.
+    """
+
+    test_copies: int
+    in_memory: bool
+
+    @property
+    def example(self) -> str:
+        """What an example is, in words."""
+        return "surface"
+
+    def batch_shapes(self, batch: int) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """(shape, dtype) of every entry of a batch of that many examples."""
+        numbers = {name: ((batch,), np.dtype(np.int32)) for name in ("label_B", "item_B", "copy_B")}
+        scales = {name: ((batch, SIGNATURE), np.dtype(np.float32)) for name in ("low_BxC", "step_BxC")}
+        return {
+            "signal_BxHxWxC": ((batch, self.size, 2 * self.size, SIGNATURE), np.dtype(np.uint16)),
+            "weight_B": ((batch,), np.dtype(np.float32)),
+            **scales,
+            **numbers,
+        }
+
+    def open(self) -> "SurfaceDataset":
+        """The surfaces of the two splits.
+
+        Raises:
+            UserError: as `find_records`; a value out of range; with in_memory, a damaged record.
+        """
+        self.check(test_copies=1)
+        if self.in_memory and self.workers:
+            alternatives = "set --config.data.workers=0, or --config.data.in_memory=False"
+            raise UserError(f"data.in_memory=True and data.workers={self.workers}: each would hold all signals; {alternatives}")
+        row, root = find_records(self)
+        schema = row.schema(self.size)
+        chosen = {name: schema[name] for name in _ENTRIES}
+        train, test = (Gallery.open(root, name, chosen, 1, self.in_memory) for name in row.splits)
+        facts = train.reader.manifest.facts
+        if facts.keys() != {"classes", "mean", "std"}:
+            raise UserError(f"the manifest of {root} lacks the signature's mean and deviation: run `{row.command} {root}` again")
+        return SurfaceDataset(self, train, test, tuple(facts["classes"]), Scale.of(facts["mean"], facts["std"]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """The channels' scale: mean_C and width_C, `CLIP` deviations over the training meshes; goes to worker processes."""
+
+    mean_C: np.ndarray
+    width_C: np.ndarray
+
+    @classmethod
+    def of(cls, mean: list[float], std: list[float]) -> "Scale":
+        """From the manifest's numbers; a channel that is constant stays 0."""
+        std_C = np.array(std, np.float64)
+        return cls(np.array(mean, np.float64), CLIP * np.where(std_C > 0, std_C, 1.0))
+
+    def batch(self, gallery: Gallery, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
+        """The batch of the meshes with these numbers; beyond the last mesh they go on with a further copy of the first one."""
+        copy_B, item_B = np.divmod(item_BxS[:, 0], gallery.size)
+        found = gallery.entries(item_B)
+        return {
+            "signal_BxHxWxC": found["signal_HxWxC"],
+            "low_BxC": ((found["low_C"] - self.mean_C) / self.width_C).astype(np.float32),
+            "step_BxC": (found["step_C"] / self.width_C).astype(np.float32),
+            "label_B": found["label"].astype(np.int32),
+            "item_B": item_B.astype(np.int32),
+            "copy_B": copy_B.astype(np.int32),
+            "weight_B": weight_B.astype(np.float32),
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Fetch:
+    """Batches of one split; can be pickled for a worker process."""
+
+    scale: Scale
+    gallery: Gallery
+
+    def __call__(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
+        return self.scale.batch(self.gallery, item_BxS, weight_B)
+
+
+class SurfaceDataset(Examples):
+    """Surfaces from the two splits of a folder of records; `pipeline.open_dataset` makes it.
+
+    A batch is {"signal_BxHxWxC": uint16, H = data.size rows and W = 2 H columns; "low_BxC", "step_BxC": float32, so that
+    clip(low + step signal, -1, 1) is the signature, standardised over the training meshes, 1 for 2.5 deviations; "label_B",
+    "item_B", "copy_B": int32, the class, the mesh's number in its split and the number of the copy; "weight_B": float32, 1 or
+    0 for padding}. The maps that sample a signal are linear in it: scale and clip afterwards.
+    `classes` are the labels' names.
+    """
+
+    data: Surfaces
+
+    def __init__(self, data: Surfaces, train: Gallery, test: Gallery, classes: tuple[str, ...], scale: Scale):
+        item_ExC = np.arange(test.size)[:, None] + test.size * np.arange(data.test_copies)
+        fetches = _Fetch(scale, train), _Fetch(scale, test)
+        super().__init__(data, *fetches, items=train.size, stack=1, listed=True, evaluated=item_ExC.reshape(-1, 1))
+        self.classes = classes
+        self._train, self._test = fetches
+
+    def figure_batch(self, count: int, train: bool = False) -> Batch:
+        """count fixed test (or training) examples for figures, the first of the split's fixed order; weights 1."""
+        fetch = self._train if train else self._test
+        return fetch(fetch.gallery.order(count, 1), np.ones(count))
+
+    def bytes_per_example(self) -> dict[str, float]:
+        """Bytes per training example: "disk" (its signal as stored, with in_memory read at the start only), "device"."""
+        reader = self._train.gallery.reader
+        (example,) = reader.read(reader.sequences[0].shard, [reader.sequences[0].start])
+        device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.batch_shapes(1).values())
+        return {"disk": float(len(records.encode(example, reader.schema))), "device": float(device)}
