@@ -149,7 +149,10 @@ class Manifest:
 
     def write(self, root: str | os.PathLike[str]) -> None:
         """Writes root/manifest.json, whole or not at all."""
-        write_json(pathlib.Path(root, "manifest.json"), dataclasses.asdict(self))
+        value = dataclasses.asdict(self)
+        if not self.facts:
+            del value["facts"]
+        write_json(pathlib.Path(root, "manifest.json"), value)
 
     @classmethod
     def read(cls, root: str | os.PathLike[str]) -> "Manifest":

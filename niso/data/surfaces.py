@@ -17,6 +17,7 @@ from niso.data.stream import Batch, Examples, Source, find_records
 from niso.errors import UserError
 
 CLIP = 2.5  # standard deviations that -1 and 1 stand for, as published
+_ROUNDING = 1e-6  # of a channel's mean
 _ENTRIES = ("signal_HxWxC", "low_C", "step_C", "label")
 
 
@@ -77,9 +78,10 @@ class Scale:
 
     @classmethod
     def of(cls, mean: list[float], std: list[float]) -> "Scale":
-        """From the manifest's numbers; a channel that is constant stays 0."""
-        std_C = np.array(std, np.float64)
-        return cls(np.array(mean, np.float64), CLIP * np.where(std_C > 0, std_C, 1.0))
+        """From the manifest's numbers. Where meshes differ by less than float32 tells apart, as without limbs after long times,
+        what is left of a channel is near 0, and not rounding at the size of a signal."""
+        mean_C = np.array(mean, np.float64)
+        return cls(mean_C, CLIP * np.maximum(std, _ROUNDING * np.abs(mean_C)))
 
     def batch(self, gallery: Gallery, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
         """The batch of the meshes with these numbers; beyond the last mesh they go on with a further copy of the first one."""
