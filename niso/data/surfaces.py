@@ -3,6 +3,11 @@
 The grid is finer than the network's: tasks draw Möbius maps and sample it on the device (niso/geometry/latlong.py), so the host
 has nothing to compute and any number of views of a mesh cost its bytes once. A test set that is always the same has maps that are
 functions of the example: of its number and, where each is evaluated several times, of the number of the copy.
+
+Measured on four animals of 10,242 vertices, views of 96 x 192 under maps with |c| up to 0.7: the error against exact barycentric
+interpolation is 0.0007 (root of the mean square; a view's standard deviation is 0.33) with 192 stored rows, 0.0014 with 96, 0.0004
+with 384; to move vertices instead of points, which bends the faces, changes it by 0.0005. On a CPU exact interpolation takes
+at least 30 ms a view, sampling a stored grid 3 ms.
 """
 
 import dataclasses
