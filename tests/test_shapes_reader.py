@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ from absl import flags
 
 from data_prep import conformal, shapes, sphere_raster, synthetic_shapes
 from niso.data import pipeline, records, surfaces
+from niso.errors import RecordError
 from niso.geometry import latlong
 from tests.prep_runs import contents
 from tests.shape_trees import CLASSES, SIZE, pebble, write_tree
-from tests.toy_records import equal, message
+from tests.toy_records import equal, flip, message
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +30,16 @@ def root(tmp_path_factory) -> str:
 
 def data(root: str, **changes) -> surfaces.Surfaces:
     toy = surfaces.Surfaces(
-        dataset="shapes", records=root, twin="", size=SIZE, test_copies=1, in_memory=False, threads=2, prefetch=4, workers=0
+        dataset="shapes",
+        records=root,
+        twin="",
+        size=SIZE,
+        test_copies=1,
+        in_memory=False,
+        threads=2,
+        prefetch=4,
+        workers=0,
+        unreadable="fatal",
     )
     return dataclasses.replace(toy, **changes)
 
@@ -91,10 +102,23 @@ def test_worker_processes_give_the_same_stream(root):
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()
     assert equal(train(root, workers=1, steps=3), train(root, steps=3))
-    dataset = pipeline.open_dataset(data(root))
-    assert equal(
-        [pickle.loads(pickle.dumps(dataset._train))(np.array([[1]]), np.ones(1))], [dataset._train(np.array([[1]]), np.ones(1))]
-    )
+    meshes = pipeline.open_dataset(data(root))._train
+    one, sent = (of.fetch(np.array([[1]]), np.ones(1))[0] for of in (meshes, pickle.loads(pickle.dumps(meshes))))
+    assert equal([sent], [one])
+
+
+def test_a_mesh_that_cannot_be_read_is_named_or_replaced_by_the_next(root, tmp_path, capfd):
+    copy = shutil.copytree(root, tmp_path / "records")
+    reader = records.Reader(copy, "train", records.surface(SIZE))
+    first = reader.sequences[0]
+    (example,) = reader.read(first.shard, [first.start])
+    flip(str(copy), "train", example["signal_HxWxC"].tobytes())
+    with pytest.raises(RecordError, match=rf"{first.shard}: record {first.start} is damaged"):
+        train(str(copy))
+    skipped, whole = train(str(copy), unreadable="skip"), train(root)
+    items = np.concatenate([batch["item_B"] for batch in whole])
+    assert np.array_equal(np.concatenate([batch["item_B"] for batch in skipped]), np.where(items == 0, 1, items))
+    assert "; surface 1 (record" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("batch", [2, 5])

@@ -116,22 +116,33 @@ class Gallery:
         reading: What is done about images that cannot be read.
         stored: Every entry of a record, of all images along a first axis, and which images these are (TAKEN);
             or None to read each when it is asked for.
+        noun: What an image is called.
     """
 
     reader: records.Reader
     end_S: np.ndarray
     reading: Reading
     stored: Batch | None
+    noun: str = "image"
 
     @classmethod
-    def open(cls, root: pathlib.Path, name: str, schema: records.Schema, stack: int, in_memory: bool, unreadable: str) -> "Gallery":
+    def open(
+        cls,
+        root: pathlib.Path,
+        name: str,
+        schema: records.Schema,
+        stack: int,
+        in_memory: bool,
+        unreadable: str,
+        noun: str = "image",
+    ) -> "Gallery":
         """The split `name` of the records in root; UserError where it has fewer than `stack` images, or reading them fails."""
         reader = records.Reader(root, name, schema)
         end_S = np.cumsum([sequence.length for sequence in reader.sequences], dtype=np.int64)
-        gallery = cls(reader, end_S, Reading(unreadable), None)
+        gallery = cls(reader, end_S, Reading(unreadable), None, noun)
         if gallery.size < stack:
-            remedy = f"prepare more images, or set --config.data.stack to at most {gallery.size}"
-            raise UserError(f"the {name} split of {root} has {gallery.size} images, an example is a stack of {stack}: {remedy}")
+            remedy = f"prepare more {noun}s, or set --config.data.stack to at most {gallery.size}"
+            raise UserError(f"the {name} split of {root} has {gallery.size} {noun}s, an example is a stack of {stack}: {remedy}")
         return dataclasses.replace(gallery, stored=gallery._read_all()) if in_memory else gallery
 
     @property
@@ -163,7 +174,7 @@ class Gallery:
     def name(self, item: int) -> str:
         """What the image with this number, or a copy of it, is called: with its record."""
         shard, number = self._record(item % self.size)
-        return f"image {item % self.size} (record {number} of {shard})"
+        return f"{self.noun} {item % self.size} (record {number} of {shard})"
 
     def entries(self, item_N: np.ndarray) -> Batch:
         """Every entry of the records with these numbers, along a first axis."""

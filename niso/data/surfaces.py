@@ -16,8 +16,9 @@ import math
 import numpy as np
 
 from niso.data import records
+from niso.data.reading import Reading
 from niso.data.schemas import SIGNATURE
-from niso.data.stills import Gallery
+from niso.data.stills import TAKEN, Gallery
 from niso.data.stream import Batch, Examples, Source, find_records
 from niso.errors import UserError
 
@@ -67,7 +68,7 @@ class Surfaces(Source["SurfaceDataset"]):
         row, root = find_records(self)
         schema = row.schema(self.size)
         chosen = {name: schema[name] for name in _ENTRIES}
-        train, test = (Gallery.open(root, name, chosen, 1, self.in_memory) for name in row.splits)
+        train, test = (Gallery.open(root, name, chosen, 1, self.in_memory, self.unreadable, "surface") for name in row.splits)
         facts = train.reader.manifest.facts
         if facts.keys() != {"classes", "mean", "std"}:
             raise UserError(f"the manifest of {root} lacks the signature's mean and deviation: run `{row.command} {root}` again")
@@ -88,30 +89,44 @@ class Scale:
         mean_C = np.array(mean, np.float64)
         return cls(mean_C, CLIP * np.maximum(std, _ROUNDING * np.abs(mean_C)))
 
-    def batch(self, gallery: Gallery, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
-        """The batch of the meshes with these numbers; beyond the last mesh they go on with a further copy of the first one."""
-        copy_B, item_B = np.divmod(item_BxS[:, 0], gallery.size)
-        found = gallery.entries(item_B)
-        return {
-            "signal_BxHxWxC": found["signal_HxWxC"],
-            "low_BxC": ((found["low_C"] - self.mean_C) / self.width_C).astype(np.float32),
-            "step_BxC": (found["step_C"] / self.width_C).astype(np.float32),
-            "label_B": found["label"].astype(np.int32),
-            "item_B": item_B.astype(np.int32),
-            "copy_B": copy_B.astype(np.int32),
-            "weight_B": weight_B.astype(np.float32),
-        }
+    def entries(self, found: Batch) -> Batch:
+        """low_BxC and step_BxC of the stored ones: what a signal is multiplied by and added to, standardised."""
+        low_BxC, step_BxC = (found["low_C"] - self.mean_C) / self.width_C, found["step_C"] / self.width_C
+        return {"low_BxC": low_BxC.astype(np.float32), "step_BxC": step_BxC.astype(np.float32)}
 
 
 @dataclasses.dataclass(frozen=True)
-class _Fetch:
-    """Batches of one split; can be pickled for a worker process."""
+class Meshes:
+    """The meshes of one split by number; can be pickled for a worker process."""
 
     scale: Scale
     gallery: Gallery
 
-    def __call__(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> Batch:
-        return self.scale.batch(self.gallery, item_BxS, weight_B)
+    @property
+    def reading(self) -> Reading:
+        """How they are read."""
+        return self.gallery.reading
+
+    def name(self, item: int) -> str:
+        """What the mesh with this number, or a copy of it, is called: with its record."""
+        return self.gallery.name(item)
+
+    def fetch(self, item_BxS: np.ndarray, weight_B: np.ndarray) -> tuple[Batch, np.ndarray]:
+        """The batch of the meshes with these numbers, and replaced_B, in whose place another was taken.
+
+        Numbers go on beyond the last mesh with a further copy of the first one.
+        """
+        copy_B, item_B = np.divmod(item_BxS[:, 0], self.gallery.size)
+        found = self.gallery.entries(item_B)
+        batch = {
+            "signal_BxHxWxC": found["signal_HxWxC"],
+            **self.scale.entries(found),
+            "label_B": found["label"].astype(np.int32),
+            "item_B": found[TAKEN].astype(np.int32),
+            "copy_B": copy_B.astype(np.int32),
+            "weight_B": weight_B.astype(np.float32),
+        }
+        return batch, found[TAKEN] != item_B
 
 
 class SurfaceDataset(Examples):
@@ -128,19 +143,19 @@ class SurfaceDataset(Examples):
 
     def __init__(self, data: Surfaces, train: Gallery, test: Gallery, classes: tuple[str, ...], scale: Scale):
         item_ExC = np.arange(test.size)[:, None] + test.size * np.arange(data.test_copies)
-        fetches = _Fetch(scale, train), _Fetch(scale, test)
-        super().__init__(data, *fetches, items=train.size, stack=1, listed=True, evaluated=item_ExC.reshape(-1, 1))
         self.classes = classes
-        self._train, self._test = fetches
+        self._train, self._test = Meshes(scale, train), Meshes(scale, test)
+        evaluated = item_ExC.reshape(-1, 1)  # the copies of a mesh follow each other
+        super().__init__(data, self._train, self._test, items=train.size, stack=1, listed=True, evaluated=evaluated)
 
     def figure_batch(self, count: int, train: bool = False) -> Batch:
         """count fixed test (or training) examples for figures, the first of the split's fixed order; weights 1."""
-        fetch = self._train if train else self._test
-        return fetch(fetch.gallery.order(count, 1), np.ones(count))
+        meshes = self._train if train else self._test
+        return meshes.fetch(meshes.gallery.order(count, 1), np.ones(count))[0]
 
     def bytes_per_example(self) -> dict[str, float]:
         """Bytes per training example: "disk" (its signal as stored, with in_memory read at the start only), "device"."""
-        reader = self._train.gallery.reader
-        (example,) = reader.read(reader.sequences[0].shard, [reader.sequences[0].start])
+        gallery = self._train.gallery
+        _, example = self._train.reading.read(0, gallery.size, gallery.read_one, gallery.name)
         device = sum(math.prod(shape) * dtype.itemsize for shape, dtype in self.batch_shapes(1).values())
-        return {"disk": float(len(records.encode(example, reader.schema))), "device": float(device)}
+        return {"disk": float(len(records.encode(example, gallery.reader.schema))), "device": float(device)}
