@@ -206,12 +206,13 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
 
     if name in ("kill", "term", "full"):
         tick, (at, _, size) = Telemetry.tick, value.partition(":")
+        left = set(checkpoints.iterdir()) if checkpoints.exists() else set()  # half-written, by a process that was ended
 
         def after(self: Telemetry, step: int) -> None:
             tick(self, step)
             if step != int(at):
                 return
-            while name != "term" and any(not path.name.isdigit() for path in checkpoints.iterdir()):
+            while name != "term" and any(not path.name.isdigit() for path in {*checkpoints.iterdir()} - left):
                 time.sleep(0.01)
             if name == "full":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))  # Python ignores SIGXFSZ

@@ -212,6 +212,7 @@ class _Silent:
         self.scalars = spy.scalars
         self.flush = lambda: spy.said.append("flush")
         self.waiting = contextlib.nullcontext
+        self.compile = lambda program: program.train
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **options: None
