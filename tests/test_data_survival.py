@@ -199,6 +199,7 @@ def test_whole_videos_are_left_out(damaged, capfd):
         sequences.estimate(Model(), pipeline.open_dataset(data(damaged)), (1,), 9, {1: None})  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_and_says_what_it_skipped(tmp_path):
     """In TensorBoard and on the terminal; metrics.jsonl has what a rerun reproduces, over the test pairs that can be read."""
     records_, bad = tmp_path / "records", {(0, 4), (3, 0)}

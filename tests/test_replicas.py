@@ -44,7 +44,7 @@ def alone() -> list[tuple[dict[str, np.ndarray], dict[str, float], dict[str, flo
 
 @pytest.mark.parametrize(
     "data,space,axis,mapped",
-    [(1, 1, None, False), (2, 1, "data", True), pytest.param(2, 2, None, False, marks=pytest.mark.slow)],
+    [(1, 1, None, False), *(pytest.param(*one, marks=pytest.mark.slow) for one in ((2, 1, "data", True), (2, 2, None, False)))],
 )
 def test_replicas_are_the_single_runs(
     alone: list, data: int, space: int, axis: str | None, mapped: bool, monkeypatch: pytest.MonkeyPatch

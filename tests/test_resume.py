@@ -55,6 +55,7 @@ def test_five_endings_leave_no_trace(tmp_path) -> None:
     assert_as_unbroken(tmp_path, runs.unbroken())
 
 
+@pytest.mark.slow
 def test_killed_on_eight_devices_accumulating_profiled_and_with_divided_optimizer_state(tmp_path) -> None:
     killed = runs.run(tmp_path, hooks=["kill=9"], devices=8, **runs.ON_EIGHT)
     assert (killed.code, runs.steps(tmp_path)) == (-9, [5])

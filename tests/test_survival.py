@@ -171,6 +171,7 @@ def test_checkpoints_of_an_older_niso_have_no_checksums(wanted, tmp_path) -> Non
             checkpoint_files.state(step, wanted)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path) -> None:
     """First for the files of a checkpoint, which are written beside the training, then for metrics and events; with room again
     the same command ends the run."""

@@ -35,7 +35,7 @@ def test_frozen_parameters_stay_and_never_reach_the_optimizer(tmp_path) -> None:
     assert moments == {name for name in names if name.startswith("decoder/")}
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (4, 2)])
+@pytest.mark.parametrize("mesh", [pytest.param((1, 1), marks=pytest.mark.slow), (4, 2)])
 def test_parameters_arrive_bit_for_bit_on_any_mesh(mesh: tuple[int, int]) -> None:
     """Two parts of a model from two runs, one of which was made on eight devices."""
     spec = (("operator/.*", str(runs.unbroken())), ("encoder/stem/.*", str(runs.unbroken(8))))
