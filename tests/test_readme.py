@@ -61,6 +61,8 @@ NOT_RUN = {
     "--config.seed=1": "the line before it with another key, whose effect tests/test_step.py knows",
     "--config.task.operator=False": "the same; tests/test_autoencode.py trains so",
     "--config.task.dtype=bfloat16": "the same; tests/test_autoencode.py trains so",
+    "data_prep.shapes": "needs meshes; tests/test_shapes_prep.py runs it on some that it makes",
+    "--dry_run": "minutes at the published sizes; tests/test_dry_run.py runs it with small ones",
     "sbatch": "needs Slurm; tests/test_launch.py and test_prep_launch.py run the scripts with stand-ins",
     "export TPU": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
     "launch/tpu_pod.sh": "needs a TPU pod; tests/test_launch.py reads what the lines would do",
