@@ -6,7 +6,6 @@ disk has damaged one nevertheless, the run goes on from the one before.
 """
 
 import json
-import logging
 import os
 import signal
 import sys
@@ -47,8 +46,8 @@ class Checkpoints:
             raise UserError(f"cannot write the run's folder {workdir}: {error}; choose another with --workdir") from None
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         self.manager = ocp.CheckpointManager(self.folder, options=options)
-        self._terminated = self._broken = False
-        self._previous_hook, sys.unraisablehook = sys.unraisablehook, self._on_stray
+        checkpoint_files.hush()
+        self._terminated = False
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
             self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
@@ -101,8 +100,6 @@ class Checkpoints:
         """Waits for what is being written."""
         try:
             self.manager.wait_until_finished()
-            if not self._broken:
-                sys.unraisablehook = self._previous_hook
         except (OSError, ValueError) as error:
             raise self._failed(error) from error
         finally:
@@ -162,19 +159,11 @@ class Checkpoints:
         self.manager.reload()
 
     def _failed(self, error: Exception) -> UserError:
-        # Its many other writers failed in the same way; asyncio would print each of them when it is collected.
-        logging.getLogger("asyncio").setLevel(logging.CRITICAL)
-        self._broken = True
         reason = str(error).splitlines()[0][:300]
         return UserError(
             f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: free disk space and run "
             "the same command again to go on from there"
         )
-
-    def _on_stray(self, error: "sys.UnraisableHookArgs") -> None:
-        # The first of many writers that fails ends the loop that the others then report to, each with a traceback.
-        if str(error.exc_value) != "Event loop is closed":
-            self._previous_hook(error)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True

@@ -5,6 +5,7 @@ array and one of all this. Those of an older niso have no checksums, and are rea
 """
 
 import contextlib
+import functools
 import inspect
 import json
 import logging
@@ -197,7 +198,7 @@ def _together(path: Path, read: Callable[[], T]) -> T:
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = _reason(error)
-        _hush()
+        hush()
     if jax.process_count() > 1:
         mine = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
         said = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(mine)]
@@ -215,8 +216,12 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {text}"[:300]
 
 
-def _hush() -> None:
-    """The other reads of a restore that failed go on failing beside it, and Python would print each of them."""
+@functools.cache
+def hush() -> None:
+    """From here on only the first of the many readers or writers that fail together is told of, by what is raised.
+
+    It ends the loop that the others report to: asyncio, or Python, would print each of them.
+    """
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     default = sys.unraisablehook
 

@@ -48,12 +48,12 @@ def compile_for_pod(what: str, data: int, space: int) -> dict:
     [
         ("step", 16, 1, {("all-reduce", "data")}),  # nothing is gathered around encodings, projections and solves
         ("solve", 16, 1, set()),
-        ("solve", 4, 4, set()),
+        ("solve", 4, 4, {("all-gather", "space")}),  # its own matrices, put together again
         ("basis", 1, 16, {("all-reduce", "space")}),  # K x K Gram matrices
     ],
 )
 def test_what_crosses_chips(what: str, data: int, space: int, crossing: set[tuple[str, str]]) -> None:
-    """`auto` is the solve by matrix products there: its batch and its gradient stay where they are. What the step sums over
+    """`auto` is the solve by matrix products there: its batch and its gradient stay with their examples. What the step sums over
     `data` is one gradient for each parameter (for the eigenfunctions perhaps two, of projecting and of decoding), and scalars."""
     command = [sys.executable, "-m", "tests.test_pod", what, str(data), str(space)]
     done = subprocess.run(command, cwd=REPOSITORY, env=os.environ, capture_output=True, text=True)

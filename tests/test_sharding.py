@@ -93,10 +93,13 @@ def test_sharded_solve_is_the_solve(batch: int, method: str) -> None:
 
 @pytest.mark.parametrize("method", ["svd", "matmul"])
 def test_a_sharded_solve_and_its_gradient_gather_nothing(method: str) -> None:
-    """Its matrices lie where they are solved. (CPU compilers gather nothing in any case; tests/test_pod.py asks the TPU's.)"""
-    mesh = mesh_of(4, 2)
-    text = solve_for(mesh, method).compile().as_text()
-    assert not re.findall(COLLECTIVES, text)
+    """Its matrices lie where they are solved. (CPU compilers gather nothing in any case; tests/test_pod.py asks the TPU's.)
+
+    Over `space` its own matrices are put together again, 16 for each of four parts of `data`, and nothing else.
+    """
+    assert not re.findall(COLLECTIVES, solve_for(mesh_of(8), method).compile().as_text())
+    divided = [line for line in solve_for(mesh_of(4, 2), method).compile().as_text().splitlines() if re.search(COLLECTIVES, line)]
+    assert divided and all(" = f32[4,16,16]" in line and " all-gather(" in line for line in divided), divided
 
 
 def test_the_basis_is_orthonormalised_on_sharded_rows() -> None:

@@ -30,6 +30,7 @@ class Silent:
     def __init__(self) -> None:
         self.telemetry, self.logged = self, []
         self.waiting = contextlib.nullcontext
+        self.compile = lambda program: program.train
 
     def log(self, step: int, values: list) -> None:
         self.logged.append(step)

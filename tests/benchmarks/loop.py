@@ -65,6 +65,8 @@ class Nothing(Task):
 class Clocked:
     """A dataset whose batches are always the same, and that looks at the clock whenever the loop has made WINDOW steps."""
 
+    replaced = None
+
     def __init__(self, batch: int):
         self.batch = {"weight_B": np.ones(batch, np.float32)}
         self.times: list[tuple[float, float]] = []  # elapsed, of this thread
