@@ -194,7 +194,7 @@ def _together(path: Path, read: Callable[[], T]) -> T:
         found = read()
     except (MemoryError, jax.errors.JaxRuntimeError):
         raise
-    except Exception as error:
+    except Exception as error:  # damaged bytes make orbax, zarr and JSON raise whatever they stumble over
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
         reason = _reason(error)

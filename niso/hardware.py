@@ -6,6 +6,9 @@ bandwidth of a pod divided by its chips; for v4, where they print only that, it 
 divided by its chips. GPUs: NVIDIA's "A100 Tensor Core GPU", "H100 Tensor Core GPU" and "H200 Tensor Core GPU" data sheets, half of
 what they print for sparse matrices, and half of NVLink's total of both directions; `network`: the adapters of the "DGX A100",
 "DGX H100" and "DGX H200" data sheets, one to a GPU.
+
+v5e, v5p and v6e were compared with these pages on 2026-11-21; v4 and the GPUs were not:
+check them before a figure rests on them.
 """
 
 import dataclasses

@@ -92,7 +92,7 @@ def test_sharded_solve_is_the_solve(batch: int, method: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["svd", "matmul"])
-def test_a_sharded_solve_and_its_gradient_gather_nothing(method: str) -> None:
+def test_a_sharded_solve_and_its_gradient_gather_at_most_its_own_matrices(method: str) -> None:
     """Its matrices lie where they are solved. (CPU compilers gather nothing in any case; tests/test_pod.py asks the TPU's.)
 
     Over `space` its own matrices are put together again, 16 for each of four parts of `data`, and nothing else.
