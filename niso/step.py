@@ -69,10 +69,13 @@ class Program:
         if not tree.partition(self.parameter_shapes, self.task.trainable)[0]:
             raise UserError(f"task.trainable={self.task.trainable!r} matches no parameter: nothing would be trained")
         self.parameter_sharding = sharding.parameter_sharding(mesh, self.task.rules(), self.parameter_shapes)
-        self.state_sharding = self._place(jax.eval_shape(partial(self._init, experiment.seed), {}))
+        self._measured = self._measured_shapes()
+        one = jax.eval_shape(self._begin, self.parameter_shapes)
+        self.state_sharding = self._place(one)
+        stacked = {field.name: self.replicas.stack(getattr(one, field.name)) for field in dataclasses.fields(one)}
+        self.state_shapes = _KIND(**stacked | {"step": one.step})
         each = self.replicas.map
         init = each(self._init, (0,), STATE_AXES)
-        self.state_shapes = jax.eval_shape(init, {})
 
         whole = sharding.replicated(mesh)
         self.init = jax.jit(init, out_shardings=self.state_sharding)
@@ -116,13 +119,21 @@ class Program:
     # Below, everything is of one replica: `seed` is a number, or a replica's key where several are mapped over.
 
     def _init_model(self, seed: int | Array) -> nnx.Module:
-        return self.task.init_model(nnx.Rngs(params=rng.stream(seed, "init")))
+        return self.task.init_model(rng.initializers(rng.stream(seed, "init")))
 
     def _init(self, seed: int | Array, warm: dict[str, Array]) -> TrainState:
-        params = tree.flatten(self._init_model(seed))[1] | warm
+        return self._begin(tree.flatten(self._init_model(seed))[1] | warm)
+
+    def _measured_shapes(self) -> Metrics:
+        """The metrics of one step, as shapes."""
+        trained, frozen = tree.partition(self.parameter_shapes, self.task.trainable)
+        shapes = trained, frozen, self.example_shapes, jax.random.key(0), jnp.zeros(())
+        return jax.eval_shape(lambda *arguments: self._gradients(*arguments)[1], *shapes)
+
+    def _begin(self, params: dict[str, Array]) -> TrainState:
+        """The state before the first step."""
         trained, frozen = tree.partition(params, self.task.trainable)
-        shapes = jax.eval_shape(self._gradients, trained, frozen, self.example_shapes, jax.random.key(0), jnp.zeros(()))
-        window = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes[1])
+        window = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), self._measured)
         return TrainState(jnp.zeros((), jnp.int32), trained, frozen, self.optimizer.init(trained), window)
 
     def _place(self, one: TrainState) -> Any:

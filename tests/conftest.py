@@ -1,16 +1,31 @@
 """Eight virtual CPU devices for every test: set before a backend starts."""
 
 import niso  # noqa: F401, I001  (first: it sets OPENBLAS_NUM_THREADS)
+import os
+import shutil
+import tempfile
+
 import jax
 import pytest
 from jax.sharding import Mesh
 
 from niso.sharding import MeshShape, make_mesh
+from tests.runs import PROGRAMS
 
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Hundreds of small programs are compiled once and run a few times; the README's first command and the slow tests optimise.
 jax.config.update("jax_disable_most_optimizations", True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The processes of a session, and the runs that they start, keep what they have compiled for each other."""
+    if PROGRAMS not in os.environ:  # the first process; the others get its environment
+        os.environ[PROGRAMS] = tempfile.mkdtemp(prefix="niso-programs-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(PROGRAMS), ignore_errors=True))
+    jax.config.update("jax_compilation_cache_dir", os.environ[PROGRAMS])
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.3)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 
 LONGEST = (

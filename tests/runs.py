@@ -30,6 +30,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+PROGRAMS = "NISO_TEST_PROGRAMS"  # variable with the folder of the programs that a session of pytest has compiled
 REPOSITORY = pathlib.Path(__file__).parents[1]
 BATCH, STEPS, TEST_PAIRS = 16, 16, 18
 # Checkpoints at 5, 10, 15, 16; lines at 4, 8, 12, 16: no window of metrics but the last ends where a checkpoint is.
@@ -75,6 +76,15 @@ def tiny_records() -> str:
     )
 
 
+def careless() -> dict[str, str]:
+    """Environment of a process that compiles without optimising, and once per session what several processes need."""
+    return {
+        "JAX_COMPILATION_CACHE_DIR": os.environ.get(PROGRAMS) or str(folder() / "programs"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+    }  # fmt: skip
+
+
 def start(
     workdir: pathlib.Path, *arguments: str, hooks: Sequence[str] = (), devices: int = 1, optimize: bool = False,
     config: str = "pose_encode", **changes: Any,
@@ -89,10 +99,7 @@ def start(
     command += [f"--config.{key}={value}" for key, value in overrides.items()] + list(arguments)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if not optimize:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": str(folder() / "programs"), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "XLA_FLAGS": "--xla_backend_optimization_level=0",
-        }  # fmt: skip
+        environment |= careless()
     return subprocess.Popen(command, cwd=REPOSITORY, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 

@@ -25,6 +25,7 @@ from tests.test_bad_input import forget_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
+IN_README = ("hmnist_encode", "hmnist_pred", "pose_encode", "pose_pred")  # whose two steps, or more, tests/test_readme.py makes
 TASKS = sorted(path.stem for path in pathlib.Path(tasks.__path__[0]).glob("*.py") if path.stem not in task_base.SHARED)
 
 
@@ -189,7 +190,7 @@ def contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, int]]:
     return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.slow) if name in IN_README else name for name in NAMES])
 def test_quick_makes_two_steps(
     name: str, cache: pathlib.Path, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
 ) -> None:

@@ -160,7 +160,10 @@ def test_spectral_dropout_is_for_training_only_and_spares_the_equivariance() -> 
 
 @pytest.mark.parametrize(
     "arm,overrides",
-    [pytest.param("triplets", {"task__dropout": 0.5, "task__group": "SO"}, marks=pytest.mark.slow), ("autoencoder", {})],
+    [
+        pytest.param("triplets", {"task__dropout": 0.5, "task__group": "SO"}, marks=pytest.mark.slow),
+        pytest.param("autoencoder", {}, marks=pytest.mark.slow),
+    ],
     ids=["triplets-dropout-SO", "autoencoder"],
 )
 def test_every_regime_learns(arm: str, overrides: dict[str, Any]) -> None:
@@ -221,7 +224,7 @@ def test_training_images_are_unperturbed_unless_augmented() -> None:
     np.testing.assert_allclose(task.draw_held_out(large, KEY)["observation_BxHxWxC"], padded, atol=1e-6)
 
 
-@pytest.mark.parametrize("arm", ["", "autoencoder"])
+@pytest.mark.parametrize("arm", ["", pytest.param("autoencoder", marks=pytest.mark.slow)])
 def test_the_head_learns_and_nothing_else_moves(arm: str) -> None:
     p = digits.program("pred", arm, optimizer__weight_decay=0.5, task__augment=False)
     frozen = jax.device_get(p.init({}).frozen)

@@ -242,7 +242,7 @@ def test_golden_step(domain: str) -> None:
     check_golden(f"{domain}_laplacian", metrics.values(window))
 
 
-@pytest.mark.parametrize("domain", DOMAINS)
+@pytest.mark.parametrize("domain", ["toric", pytest.param("spherical", marks=pytest.mark.slow)])
 def test_eight_devices_are_one_device(domain: str) -> None:
     results = []
     for p in (program(domain), program(domain, 4, 2)):

@@ -73,6 +73,7 @@ def test_eight_devices_accumulating_with_divided_optimizer_state() -> None:
     assert batches(pathlib.Path(f"{workdir}-rows")) == batches(pathlib.Path(f"{runs.unbroken()}-rows"))
 
 
+@pytest.mark.slow
 def test_grid_divided_by_two(tmp_path) -> None:
     """Four parts of the batch, two of the rows of images and eigenfunctions."""
     ended = runs.run(tmp_path, hooks=["term=5"], devices=8, mesh__data=4, mesh__space=2)
@@ -99,7 +100,7 @@ def test_two_processes_read_what_one_reads(two) -> None:
 
 
 def test_every_test_pair_counts_once_for_any_number_of_processes(two) -> None:
-    for file in (f"{runs.unbroken(1)}-counts", f"{runs.unbroken(8)}-counts", f"{two[0]}-counts-0", f"{two[0]}-counts-1"):
+    for file in (f"{runs.unbroken()}-counts", f"{two[0]}-counts-0", f"{two[0]}-counts-1"):
         assert counted(pathlib.Path(file), "equivariance_error") == {runs.TEST_PAIRS}, file
         assert 4 * runs.BATCH in counted(pathlib.Path(file), "loss"), file
 

@@ -108,7 +108,7 @@ def test_clipping_can_be_switched_on_in_a_running_run() -> None:
     assert plain_tree == clipped_tree
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_checkpoint_of_eight_devices_on_fewer(devices: int, tmp_path) -> None:
     """All arrays, those that eight devices had divided among them included, bit for bit; beside an outdated checkpoint whose
     deletion was interrupted."""
