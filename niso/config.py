@@ -4,12 +4,14 @@ Command line -> ConfigDict -> Experiment. A key is in the config or does not exi
 mistake is one line (UserError) that names the key, the flag or the config file's line.
 """
 
+import contextlib
 import dataclasses
 import difflib
 import math
 import re
 import sys
 import traceback
+import types
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -271,7 +273,11 @@ def _is_key(field: dataclasses.Field) -> bool:
 def _typed(value: Any, hint: Any, where: str) -> Any:
     """`value` as type `hint` (an int passes for a float, a list for a tuple)."""
     plain, parts = typing.get_origin(hint) or hint, typing.get_args(hint)
-    if plain is tuple and isinstance(value, tuple | list):
+    if plain is types.UnionType:
+        for part in parts:
+            with contextlib.suppress(UserError):
+                return _typed(value, part, where)
+    elif plain is tuple and isinstance(value, tuple | list):
         hints = [parts[0]] * len(value) if parts[-1] is Ellipsis else parts
         if len(hints) == len(value):
             return tuple(_typed(item, h, f"{where}[{i}]") for i, (item, h) in enumerate(zip(value, hints, strict=True)))

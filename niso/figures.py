@@ -115,17 +115,17 @@ def operator(
     return grid([matrix, bars[0], kernels_page, bars[1]], 4, headings=headings, title="Operator")
 
 
-def learned_operator(arrays: dict[str, np.ndarray], edge: int) -> dict[str, np.ndarray]:
-    """Returns the figures of one operator on an edge x edge grid, by title.
+def learned_operator(arrays: dict[str, np.ndarray], height: int, width: int) -> dict[str, np.ndarray]:
+    """Returns the figures of one operator on a height x width grid, by title.
 
     Args:
         arrays: its `basis_NxK`, `eigenvalue_K` and `mass_N`, among others.
     """
     basis_NxK, eigenvalue_K, mass_N = (arrays[name] for name in ("basis_NxK", "eigenvalue_K", "mass_N"))
     return {
-        "eigenfunctions": eigenfunctions(basis_NxK, eigenvalue_K, edge, edge),
-        "masses": masses(mass_N, edge, edge),
-        "operator": operator(basis_NxK, eigenvalue_K, mass_N, edge, edge),
+        "eigenfunctions": eigenfunctions(basis_NxK, eigenvalue_K, height, width),
+        "masses": masses(mass_N, height, width),
+        "operator": operator(basis_NxK, eigenvalue_K, mass_N, height, width),
         "spectrum": spectrum(eigenvalue_K),
     }
 

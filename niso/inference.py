@@ -70,8 +70,8 @@ class Model:
 
     @property
     def size(self) -> int:
-        """Height and width of the frames, pixels."""
-        return self.task.size
+        """Height of the frames, pixels, and their width, where `task.size` is one number: those of a video are square."""
+        return self.task.shape[0]
 
     @property
     def channels(self) -> int:
@@ -87,14 +87,14 @@ class Model:
         """Spectral coefficients of frames, B x K x C, float32.
 
         Args:
-          image_BxHxWxC: Frames of `size` x `size` pixels: uint8 in 0..255, or floats in [−1, 1] (−1 black, 1 white), as
-            `image / 127.5 - 1`. Floats in [0, 1] cannot be told from them and look like pale frames.
+          image_BxHxWxC: Frames of `size` x `size` pixels, or of the two numbers of `task.size`: uint8 in 0..255, or floats in
+            [−1, 1] (−1 black, 1 white), as `image / 127.5 - 1`. Floats in [0, 1] cannot be told from them, they look pale.
 
         Raises:
           UserError: another shape, another type, or floats outside of [−1, 1].
         """
         image_BxHxWxC = np.asarray(image_BxHxWxC)
-        self._check_shape("frames", image_BxHxWxC, (self.size, self.size, self.channels))
+        self._check_shape("frames", image_BxHxWxC, (*self.task.shape, self.channels))
         if image_BxHxWxC.dtype != np.uint8:
             image_BxHxWxC = _unit_floats(image_BxHxWxC)
         return self._by_chunks(self._functions.encode, image_BxHxWxC=image_BxHxWxC)
@@ -156,7 +156,7 @@ class Model:
 
     def _pairs(self, a_BxKxC: np.ndarray, b_BxKxC: np.ndarray) -> dict[str, np.ndarray]:
         pairs = {"a_BxKxC": np.asarray(a_BxKxC, np.float32), "b_BxKxC": np.asarray(b_BxKxC, np.float32)}
-        width = self.task.latent_channels if self.task.operator else self.task.edge**2
+        width = self.task.latent_channels if self.task.operator else self.task.points
         for array in pairs.values():
             self._check_shape("coefficients", array, (self.task.order, width))
         if len(a_BxKxC) != len(b_BxKxC):

@@ -18,6 +18,11 @@ def stream(seed: int | Array, name: str, step: int | Array = 0) -> Array:
     return jax.random.fold_in(jax.random.fold_in(root, zlib.crc32(name.encode())), step)
 
 
+def held_out(seed: int, name: str, item_B: Array, copy_B: Array) -> Array:
+    """A key for every example of a test set that is the same for every run, B: each a function of (item, copy, seed) and `name`."""
+    return jax.vmap(lambda item, copy: jax.random.fold_in(stream(seed, name, item), copy))(item_B, copy_B)
+
+
 def initializers(key: Array) -> nnx.Rngs:
     """What flax's layers take their keys from: those of nnx.Rngs(params=key), one after the other."""
     return cast(nnx.Rngs, _Keys(key))

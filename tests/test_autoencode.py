@@ -172,7 +172,7 @@ def test_published_sizes() -> None:
     from niso.config import Experiment
 
     task = Experiment.from_config(get_config("paper")).task
-    assert isinstance(task, Autoencode) and task.edge == 36
+    assert isinstance(task, Autoencode) and task.grid == (36, 36)
     params = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(params=0))))[1]
     assert params["operator/basis"].shape == (1296, 128) and params["operator/eigenvalue"].shape == (128,)
     assert params["encoder/stem/kernel"].shape == (3, 48) and params["encoder/head/kernel"].shape == (256, 128)

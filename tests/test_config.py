@@ -126,10 +126,12 @@ def test_types_are_exact_but_for_ints_as_floats_and_lists_as_tuples() -> None:
 
     assert type(task(alpha=1).alpha) is float
     assert task(widths=[8, 16]).widths == (8, 16)
+    assert task(size=[48, 96]).size == (48, 96)  # int | tuple[int, int]
     assert task(warm_start=[["a", "b"]]).warm_start == (("a", "b"),)
     for changes in (
         {"rank": True}, {"rank": 8.0}, {"rank": "8"}, {"alpha": True}, {"alpha": "0.5"}, {"alpha": float("inf")}, {"remat": 0},
         {"widths": 8}, {"widths": ("8",)}, {"warm_start": (("a",),)}, {"group": None}, {"group": ("O",)},
+        {"size": 48.0}, {"size": (48,)}, {"size": ("48", "96")}, {"size": True},
     ):  # fmt: skip
         with pytest.raises(UserError, match=f"task.{next(iter(changes))}.*: expected "):
             task(**changes)

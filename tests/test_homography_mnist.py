@@ -301,7 +301,7 @@ def test_variants_are_sizes_and_arms() -> None:
 def test_published_sizes() -> None:
     """Latent grid 20 x 20, d = k = 32, by eval_shape: nothing is computed."""
     task = Experiment.from_config(hmnist_pred.get_config()).task
-    assert isinstance(task, Classify) and task.edge == 20
+    assert isinstance(task, Classify) and task.grid == (20, 20)
     params = tree.flatten(nnx.eval_shape(lambda: task.init_model(nnx.Rngs(params=0))))[1]
     assert params["operator/basis"].shape == (400, 32) and params["encoder/head/kernel"].shape == (256, 32)
     assert params["head/hidden/kernel"].shape == (2080, 8320) and params["head/output/kernel"].shape == (8320, 10)

@@ -50,12 +50,7 @@ def random_coefficients(key: Array, batch: int, law: str = "train") -> Array:
 
 def held_out_coefficients(item_B: Array, copy_B: Array, seed: int) -> Array:
     """Coefficients of the regenerated homNIST test set, B x 8: each a function of (image, copy, seed) and of nothing else."""
-
-    def one(item: Array, copy: Array) -> Array:
-        key = jax.random.fold_in(rng.stream(seed, "homnist", item), copy)
-        return random_coefficients(key, 1, "test")[0]
-
-    return jax.vmap(one)(item_B, copy_B)
+    return jax.vmap(lambda key: random_coefficients(key, 1, "test")[0])(rng.held_out(seed, "homnist", item_B, copy_B))
 
 
 @functools.partial(jax.jit, static_argnames=("copies", "seed"))

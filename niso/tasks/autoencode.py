@@ -38,8 +38,9 @@ class Autoencode(Latent):
 
     Fields:
       regime: "pairs", "triplets" or "reconstruction".
-      transformation: "given", views are frames of a video; "homography", ψ is an image and T is drawn.
-      test_seed: of the homographies of held-out images.
+      transformation: "given", views are frames of a video; "homography", ψ is an image and T is drawn; "moebius", ψ and Tψ are
+        a function on the sphere under two drawn Möbius maps.
+      test_seed: of the maps of held-out images or surfaces.
       alpha, beta: α, β. both_directions: L_E of τ and of τ⁻¹, summed (reference code); False: of τ (paper).
       dropout: probability of spectral dropout per example, in training, after L_E and before the decoder (published: 0).
       skips: frame skips whose equivariance error is reported separately.
@@ -59,8 +60,9 @@ class Autoencode(Latent):
         check_choices(self, regime=tuple(VIEWS), transformation=views.TRANSFORMATIONS)
         if not 0 <= self.dropout <= 1:
             raise UserError(f"task.dropout={self.dropout}: a probability, from 0 to 1")
-        if self.regime == "triplets" and self.transformation == "given":
-            raise UserError("task.regime=triplets needs T²ψ, which a video does not have: set task.transformation=homography")
+        if self.regime == "triplets" and self.transformation != "homography":
+            lacking = "a video does not have" if self.transformation == "given" else "surfaces under two unrelated maps do not have"
+            raise UserError(f"task.regime=triplets needs T²ψ, which {lacking}: set task.transformation=homography, or regime=pairs")
         if self.regime == "reconstruction" and self.operator:
             raise UserError("task.regime=reconstruction has no maps for an operator to commute with: set task.operator=False")
 
@@ -74,8 +76,9 @@ class Autoencode(Latent):
     def draw(self, batch: Batch, key: Array) -> Batch:
         """The views, and which spectral coefficients are kept."""
         transform, drop = jax.random.split(key)
-        if self.transformation == "homography":
-            batch = self._transformed(batch, views.training_coefficients(batch, transform))
+        if self.transformation != "given":
+            made = views.training(self.transformation, batch, transform, self.shape, VIEWS[self.regime])
+            batch = _with_views(batch, made)
         if self.dropout:
             batch = batch | {"keep_BxK": spectral.dropout(drop, len(batch["weight_B"]), self.order, self.dropout)}
         return batch
@@ -83,7 +86,8 @@ class Autoencode(Latent):
     def draw_held_out(self, batch: Batch, key: Array) -> Batch:
         if self.transformation == "given":
             return batch
-        return self._transformed(batch, views.held_out_coefficients(batch, self.test_seed))
+        made = views.held_out(self.transformation, batch, self.test_seed, self.shape, VIEWS[self.regime])
+        return _with_views(batch, made)
 
     def loss(self, model: Autoencoder, batch: Batch) -> tuple[Array, Metrics]:
         metrics = self._losses(model, batch, self._encode(model, batch))
@@ -126,7 +130,7 @@ class Autoencode(Latent):
         }  # fmt: skip
         if "tau_BxKxK" in arrays:
             drawn["isometries"] = figures.isometries(arrays["tau_BxKxK"])
-        return drawn | (figures.learned_operator(arrays, self.edge) if self.operator else {})
+        return drawn | (figures.learned_operator(arrays, *self.grid) if self.operator else {})
 
     def summary(self, metrics: dict[str, float]) -> list[str]:
         terms = "  ".join(f"{name} {metrics[name]:.4f}" for name in ("loss", "reconstruction", "equivariance", "multiplicity"))
@@ -136,14 +140,10 @@ class Autoencode(Latent):
         by_skip = "  ".join(f"skip {skip}: {error:.2f} %" for skip, error in skips if error is not None)
         return [terms, f"equivariance error {metrics['equivariance_error']:.2f} %" + (f"  ({by_skip})" if by_skip else "")]
 
-    def _transformed(self, batch: Batch, coefficient_Bx8: Array) -> Batch:
-        """The batch with views of its images instead of them."""
-        others = {name: value for name, value in batch.items() if name != "images_BxHxWxC"}
-        return others | {"frames_BxTxHxWxC": views.orbit(views.images(batch), self.size, coefficient_Bx8, VIEWS[self.regime])}
-
     def _encode(self, model: Autoencoder, batch: Batch) -> Views:
         if "frames_BxTxHxWxC" not in batch:
-            raise UserError("task.transformation=given needs frames of videos: choose a data.dataset of these, or homography")
+            remedy = f"choose a data.dataset of these, or {views.kind(batch)}"
+            raise UserError(f"task.transformation=given needs frames of videos: {remedy}")
         frames_BxTxHxWxC = batch["frames_BxTxHxWxC"]
         if frames_BxTxHxWxC.dtype == jnp.uint8:
             frames_BxTxHxWxC = scaled(frames_BxTxHxWxC)
@@ -176,6 +176,12 @@ class Autoencode(Latent):
             "multiplicity": multiplicity_B,
         }
         return {name: Mean.of(value_B, weight_B) for name, value_B in terms.items()}
+
+
+def _with_views(batch: Batch, frames_BxTxHxWxC: Array) -> Batch:
+    """The batch with views of its images or surfaces instead of them."""
+    others = {name: value for name, value in batch.items() if name not in ("images_BxHxWxC", "signal_BxHxWxC")}
+    return others | {"frames_BxTxHxWxC": frames_BxTxHxWxC}
 
 
 def _summed(pairs: Iterable[tuple[Array, Array]]) -> Array:

@@ -1,4 +1,4 @@
-"""Classes read off the latents of images, whose views under unknown homographies are what they are tested on."""
+"""Classes read off the latents of images or surfaces, whose views under unknown maps are what they are tested on."""
 
 import dataclasses
 
@@ -30,14 +30,16 @@ class Classifier(nnx.Module):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Classify(Latent):
-    """Cross-entropy of one image's class; trained on images as they are, tested on warped ones (Neural Isometries, table 1).
+    """Cross-entropy of one example's class (Neural Isometries, tables 1 and 2).
+
+    Examples are images, whose maps are homographies, or surfaces on the sphere, whose maps are Möbius maps (tasks.views).
 
     Fields:
       classes: their number. head: "equivariant", which no orthogonal map of E_Ω(ψ) can change, or "mlp" on all of its numbers.
       layers, head_width: of the head (models.equivariant). gram: features of the equivariant one's Gram matrix (published: 64).
-      augment: train on images under random homographies instead (the plain autoencoder's head).
-      warped: test on the test set's homographies, a function of (image, copy, test_seed); False: on images as they are. Images
-        that come as large as task.size are taken as they are in any case.
+      augment: train on examples under random maps (of digits the plain autoencoder's head, of surfaces every one).
+      warped: test on the test set's maps, a function of (example, copy, test_seed); False: on examples as they are. Images that
+        come as large as task.size are taken as they are in any case.
     """
 
     classes: int
@@ -62,7 +64,7 @@ class Classify(Latent):
         encoder, operator = self.init_encoder(rngs), self.init_operator(rngs)
         sizes, dtype = (self.layers, self.head_width, self.classes), jnp.dtype(self.dtype)
         if self.head == "mlp":
-            numbers = self.latent_channels * (self.rank if self.operator else self.edge**2)
+            numbers = self.latent_channels * (self.rank if self.operator else self.points)
             return Classifier(encoder, operator, MLPHead(numbers, *sizes, dtype=dtype, rngs=rngs))
         return Classifier(encoder, operator, EquivariantHead(self.latent_channels, *sizes, gram=self.gram, dtype=dtype, rngs=rngs))
 
@@ -70,12 +72,16 @@ class Classify(Latent):
         return (*self.operator_rules(), ("(encoder|head)/.*", ()))
 
     def draw(self, batch: Batch, key: Array) -> Batch:
-        """The images, padded and in [−1, 1], with `augment` under random homographies."""
-        return self._observed(batch, views.training_coefficients(batch, key) if self.augment else None)
+        """What the encoder sees, in [−1, 1], with `augment` under random maps."""
+        if not self.augment:
+            return _observed(batch, views.unmapped(batch, self.shape))
+        return _observed(batch, views.training(views.kind(batch), batch, key, self.shape, 2)[:, 1])
 
     def draw_held_out(self, batch: Batch, key: Array) -> Batch:
-        perturbed = views.images(batch).shape[1] == self.size
-        return self._observed(batch, None if perturbed or not self.warped else views.held_out_coefficients(batch, self.test_seed))
+        perturbed = views.kind(batch) == "homography" and views.images(batch).shape[1:3] == self.shape
+        if perturbed or not self.warped:
+            return _observed(batch, views.unmapped(batch, self.shape))
+        return _observed(batch, views.held_out(views.kind(batch), batch, self.test_seed, self.shape, 2)[:, 1])
 
     def loss(self, model: Classifier, batch: Batch) -> tuple[Array, Metrics]:
         logit_BxL, label_B = self._logits(model, batch), batch["label_B"]
@@ -97,16 +103,12 @@ class Classify(Latent):
     def summary(self, metrics: dict[str, float]) -> list[str]:
         return [f"loss {metrics['loss']:.4f}  accuracy {metrics['accuracy']:.2f} %"]
 
-    def _observed(self, batch: Batch, coefficient_Bx8: Array | None) -> Batch:
-        """The batch with what the encoder sees of its images instead of them."""
-        image_BxHxWxC = views.images(batch)
-        if "label_B" not in batch:
-            raise UserError("task classify needs labels: choose a data.dataset that has them, such as mnist, and data.stack=1")
-        if coefficient_Bx8 is None:
-            observation_BxHxWxC = 2.0 * views.padded(image_BxHxWxC, self.size) - 1.0
-        else:
-            observation_BxHxWxC = views.orbit(image_BxHxWxC, self.size, coefficient_Bx8, 2)[:, 1]
-        return {"observation_BxHxWxC": observation_BxHxWxC, "label_B": batch["label_B"], "weight_B": batch["weight_B"]}
-
     def _logits(self, model: Classifier, batch: Batch) -> Array:
         return model.head(self.encode(model, model.operator.maps(), batch["observation_BxHxWxC"]))
+
+
+def _observed(batch: Batch, observation_BxHxWxC: Array) -> Batch:
+    """The batch with what the encoder sees of its images or surfaces instead of them."""
+    if "label_B" not in batch:
+        raise UserError("task classify needs labels: choose a data.dataset that has them, such as mnist, and data.stack=1")
+    return {"observation_BxHxWxC": observation_BxHxWxC, "label_B": batch["label_B"], "weight_B": batch["weight_B"]}

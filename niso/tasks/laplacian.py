@@ -68,7 +68,7 @@ class Laplacian(Task):
             raise UserError(f"task.size={self.size}, task.channels={self.channels}: an even size from 4 on, and 1 channel or more")
         if not 0 <= self.dropout <= 1:
             raise UserError(f"task.dropout={self.dropout}: a probability, from 0 to 1")
-        check_operator(self, self.size)
+        check_operator(self, (self.size, self.size))
 
     def init_model(self, rngs: nnx.Rngs) -> OperatorOnly:
         return OperatorOnly(Operator(self.size**2, self.rank, self.eigenvalues, rngs=rngs))

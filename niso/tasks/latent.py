@@ -1,6 +1,7 @@
 """What the tasks on latent isometries share: an encoder, an operator, and the map τ_Ω between two encoded observations."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ class Latent(Task):
     """A task whose model has an `encoder` and an `operator`.
 
     Fields:
-      size, channels: the observation, size x size x channels.
+      size, channels: the observation, size x size x channels; or height x width x channels, where `size` is these two.
       widths, blocks, latent_channels: levels of the encoder, residual blocks in each, d.
       operator: learn Ω; False is the ablation without it.
       rank: k, at most the number of latent grid points. eigenvalues: "cumulative" or "clustered" (Operator).
@@ -30,7 +31,7 @@ class Latent(Task):
       dtype: of the networks; operator and solve are float32. remat: recompute residual blocks in the backward pass.
     """
 
-    size: int
+    size: int | tuple[int, int]
     channels: int
     widths: tuple[int, ...]
     blocks: int
@@ -49,14 +50,26 @@ class Latent(Task):
         for key in ("channels", "blocks", "latent_channels"):
             if getattr(self, key) < 1:
                 raise UserError(f"task.{key}={getattr(self, key)}: must be at least 1")
-        if not self.widths or min(self.widths) < 1 or self.size % 2 ** (len(self.widths) - 1):
+        coarsest = 2 ** (len(self.widths) - 1)
+        if not self.widths or min(self.widths) < 1 or any(side < coarsest or side % coarsest for side in self.shape):
             raise UserError(f"task.size={self.size} cannot be halved between the {len(self.widths)} levels of task.widths")
-        check_operator(self, self.edge, "latent grid" if self.operator else None)
+        check_operator(self, self.grid, "latent grid" if self.operator else None)
 
     @property
-    def edge(self) -> int:
-        """Edge of the latent grid, points."""
-        return self.size // 2 ** (len(self.widths) - 1)
+    def shape(self) -> tuple[int, int]:
+        """Height and width of the observation, pixels."""
+        return (self.size, self.size) if isinstance(self.size, int) else self.size
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of the latent grid."""
+        height, width = self.shape
+        return height // 2 ** (len(self.widths) - 1), width // 2 ** (len(self.widths) - 1)
+
+    @property
+    def points(self) -> int:
+        """Points of the latent grid."""
+        return math.prod(self.grid)
 
     def inherited(self) -> tuple[str, ...]:
         return ("operator", "eigenvalues", "group", "ridge")
@@ -76,7 +89,7 @@ class Latent(Task):
 
     def init_operator(self, rngs: nnx.Rngs) -> Operator | NoOperator:
         """Ω at initialisation, or none."""
-        return Operator(self.edge**2, self.rank, self.eigenvalues, rngs=rngs) if self.operator else NoOperator()
+        return Operator(self.points, self.rank, self.eigenvalues, rngs=rngs) if self.operator else NoOperator()
 
     def operator_rules(self) -> Rules:
         """Sharding of the operator's parameters: rows of the latent grid over `space`."""
@@ -91,7 +104,7 @@ class Latent(Task):
         if image_BxHxWxC.dtype == jnp.uint8:
             image_BxHxWxC = scaled(image_BxHxWxC)
         batch, *observation = image_BxHxWxC.shape
-        if observation != [self.size, self.size, self.channels]:
+        if observation != [*self.shape, self.channels]:
             raise UserError(
                 f"frames are {observation}, but task.size={self.size} and task.channels={self.channels}: make them agree"
             )
@@ -102,7 +115,7 @@ class Latent(Task):
         """D of several coefficients of one batch, each B x K x C, by one call of the decoder: B x H x W x channels each."""
         coefficient_BxSxKxC = jnp.stack(coefficients, axis=1)
         z_QxNxC = maps.unproject(coefficient_BxSxKxC.reshape(-1, *coefficient_BxSxKxC.shape[2:]))
-        decoded_QxHxWxC = model.decoder(z_QxNxC.reshape(len(z_QxNxC), self.edge, self.edge, -1))
+        decoded_QxHxWxC = model.decoder(z_QxNxC.reshape(len(z_QxNxC), *self.grid, -1))
         decoded_BxSxHxWxC = decoded_QxHxWxC.reshape(-1, len(coefficients), *decoded_QxHxWxC.shape[1:])
         return [decoded_BxSxHxWxC[:, n] for n in range(len(coefficients))]
 
@@ -120,12 +133,14 @@ class Latent(Task):
         return {"dtype": jnp.dtype(self.dtype), "remat": self.remat, "rngs": rngs}
 
 
-def check_operator(task: Any, edge: int, grid: str | None = "grid") -> None:
-    """Raises UserError where a task's operator and its group cannot be; `grid`: what it calls the edge x edge points of Ω."""
+def check_operator(task: Any, grid: tuple[int, int], name: str | None = "grid") -> None:
+    """Raises UserError where a task's operator and its group cannot be; `name`: what it calls the rows x columns points of Ω."""
     check_choices(task, eigenvalues=("cumulative", "clustered"), group=("O", "SO"))
-    if grid and not 1 <= task.rank <= edge**2:
+    rows, columns = grid
+    points = rows * columns
+    if name and not 1 <= task.rank <= points:
         raise UserError(
-            f"task.rank={task.rank}: the {grid} has {edge} x {edge} = {edge**2} points, choose a rank from 1 to {edge**2}"
+            f"task.rank={task.rank}: the {name} has {rows} x {columns} = {points} points, choose a rank from 1 to {points}"
         )
 
 
