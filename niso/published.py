@@ -66,7 +66,7 @@ PARTS = (
             "autoencoder + augmentation": ("69.36 ± 2.81",),
             "Möbius convolutions": ("86.5",),
         },
-        PAIRS,
+        {"NIso (pairs), with augmentation": "NIso"},
     ),
     Part(
         3, CO3D, "ATE by frame skip", "pose_pred", BY_SKIP, tuple(f"trajectories/stride_{skip + 1}/ate_ref" for skip in SKIPS), 4,

@@ -15,16 +15,16 @@ TINY = {"batch": 8, "task.widths": (4, 8), "task.latent_channels": 8, "task.rank
 HEAD = {"task.head_width": 8, "task.gram": 4}
 
 
-def config(stage: str, arm: str = "", **overrides: Any) -> ConfigDict:
-    """Of hmnist_encode or hmnist_pred, `stage` "encode" or "pred"."""
-    tiny = importlib.import_module(f"configs.hmnist_{stage}").get_config("quick" + (f"-{arm}" if arm else ""))
+def config(stage: str, arm: str = "", family: str = "hmnist", **overrides: Any) -> ConfigDict:
+    """Of hmnist_encode or hmnist_pred, `stage` "encode" or "pred"; or of another `family` of two stages."""
+    tiny = importlib.import_module(f"configs.{family}_{stage}").get_config("quick" + (f"-{arm}" if arm else ""))
     values = TINY | (HEAD | {"task.warm_start": ()} if stage == "pred" else {})
     tiny.update_from_flattened_dict(values | {name.replace("__", "."): value for name, value in overrides.items()})
     return tiny
 
 
-def experiment(stage: str, arm: str = "", **overrides: Any) -> Experiment:
-    return Experiment.from_config(config(stage, arm, **overrides))
+def experiment(stage: str, arm: str = "", family: str = "hmnist", **overrides: Any) -> Experiment:
+    return Experiment.from_config(config(stage, arm, family, **overrides))
 
 
 @functools.cache

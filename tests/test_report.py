@@ -10,14 +10,15 @@ from typing import Any
 import jax
 import pytest
 
-from configs import hmnist_encode, hmnist_pred, pose_encode, pose_pred, toric_laplacian
+from configs import cshrec11_encode, cshrec11_pred, hmnist_encode, hmnist_pred, pose_encode, pose_pred, toric_laplacian
 from niso import event_writer, report, run_files
 from niso.errors import UserError
 from niso.published import PARTS, SKIPS, TABLES
 from niso.rows import Line, lines, read
 from niso.telemetry import Telemetry
 
-CONFIGS = {module.__name__.partition(".")[2]: module for module in (hmnist_encode, hmnist_pred, pose_encode, pose_pred)}
+MODULES = (cshrec11_encode, cshrec11_pred, hmnist_encode, hmnist_pred, pose_encode, pose_pred)
+CONFIGS = {module.__name__.partition(".")[2]: module for module in MODULES}
 # Numbers of the reduced configs may change: these are the tests' own.
 OWN = {
     "hmnist_encode": {"steps": 1_400, "data.test_examples": 1_000},
@@ -270,23 +271,16 @@ def test_poses_by_stride() -> None:
     assert only(["runs/f"], POSE_ERRORS)[0].label == "without Ω"
 
 
-def test_an_experiment_without_a_config_yet() -> None:
-    """Its runs have the same keys."""
-    task = {"name": "autoencode", "regime": "pairs", "alpha": 0.5, "beta": 0.1, "operator": True, "warm_start": []}
-    config = {
-        "experiment": "cshrec11_encode",
-        "variant": "paper",
-        "seed": 0,
-        "steps": 9,
-        "task": task,
-        "data": {"records": "a/shrec"},
-    }
-    write("runs/e", config, {"equivariance_error": 6.0})
-    task = {"name": "classify", "trainable": ".*", "warm_start": [["(encoder|operator)/.*", "runs/e"]]}
-    write("runs/p", config | {"experiment": "cshrec11_pred", "task": task}, {"accuracy": 88.0})
+@pytest.mark.parametrize("arm,label", [("pairs", "NIso"), ("autoencoder", "autoencoder + augmentation")])
+def test_the_rows_of_conformal_shapes(arm: str, label: str) -> None:
+    values = {"equivariance_error": 6.0} if arm == "pairs" else {"loss": 1.0}
+    make(f"runs/cshrec11_encode-paper-{arm}", "cshrec11_encode", f"paper-{arm}", values)
+    make("runs/p", "cshrec11_pred", f"paper-{arm}", {"accuracy": 88.0})
     (line,) = only(["runs/p"], SHAPES)
-    assert (line.label, line.setting, line.steps) == ("NIso", "paper, shrec, trains .*", "9 + 9")
-    assert only(["runs/e"], SHAPE_ERRORS)[0].label == "NIso"
+    assert (line.label, line.setting, line.steps) == (label, f"paper-{arm}, shapes, trains .*", "50,000 + 10,000")
+    assert line.label in SHAPES.rows
+    errors = only([f"runs/cshrec11_encode-paper-{arm}"], SHAPE_ERRORS)
+    assert [line.label for line in errors] == (["NIso"] if arm == "pairs" else [])
 
 
 def test_runs_that_belong_nowhere_are_named() -> None:

@@ -12,7 +12,7 @@ from niso.tasks.base import Batch
 
 # Views that the data has (frames of a video), or that are made: of one image, or of one surface's function on the sphere.
 TRANSFORMATIONS = ("given", "homography", "moebius")
-# The largest |c| of the random Möbius maps; published is that there is a bound, and not which. With 1/2 lengths grow up to 3 times on
+# The largest |c| of the random Möbius maps; published is that there is a bound, not which. With 1/2 lengths grow up to 3 times on
 # one side of the sphere and shrink to 1/3 on the other, where a half of it may come to lie within 37° of a point: that is 5 points
 # of the published latent grid across, whose points are 15° apart. (3/4 would leave 16°, two points.)
 SHIFT = 0.5
