@@ -135,6 +135,13 @@ def test_every_copy_of_every_test_mesh_comes_once(root, batch):
             assert one["label_B"][n] == item  # one mesh of each class, in order
 
 
+def test_figures_show_no_copy_twice(root):
+    for train, size in ((False, 3), (True, 6)):
+        found = pipeline.open_dataset(data(root)).figure_batch(8, train=train)
+        shown = list(zip(found["item_B"], found["copy_B"], strict=True))
+        assert len(set(shown)) == 8 and found["copy_B"].tolist() == [n // size for n in range(8)]
+
+
 def test_shapes_are_those_promised(root):
     dataset = pipeline.open_dataset(data(root))
     for batch in [train(root)[0], held_out(root)[0], dataset.figure_batch(4), dataset.figure_batch(4, train=True)]:

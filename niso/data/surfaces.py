@@ -149,9 +149,11 @@ class SurfaceDataset(Examples):
         super().__init__(data, self._train, self._test, items=train.size, stack=1, listed=True, evaluated=evaluated)
 
     def figure_batch(self, count: int, train: bool = False) -> Batch:
-        """count fixed test (or training) examples for figures, the first of the split's fixed order; weights 1."""
+        """count fixed test (or training) examples for figures, the first of the split's fixed order and, where that ends, of a
+        further copy of each; weights 1."""
         meshes = self._train if train else self._test
-        return meshes.fetch(meshes.gallery.order(count, 1), np.ones(count))[0]
+        copy_Ex1 = np.arange(count)[:, None] // meshes.gallery.size
+        return meshes.fetch(meshes.gallery.order(count, 1) + meshes.gallery.size * copy_Ex1, np.ones(count))[0]
 
     def bytes_per_example(self) -> dict[str, float]:
         """Bytes per training example: "disk" (its signal as stored, with in_memory read at the start only), "device"."""
