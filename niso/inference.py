@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from niso import checkpoint_files, config, rng, sharding, tree
+from niso import checkpoint_files, config, sharding, tree
 from niso.errors import UserError
 from niso.tasks.base import Task
 from niso.tasks.latent import Latent
@@ -222,7 +222,7 @@ def load(run: str | os.PathLike[str], step: int | None = None, replica: int = 0)
         task = config.make_task(saved["task"])
     except UserError as error:
         raise UserError(f"{path} is of another version of niso: {error}") from error
-    graphdef, shapes = tree.flatten(nnx.eval_shape(lambda: task.init_model(rng.initializers(jax.random.key(0)))))
+    graphdef, shapes = tree.flatten(nnx.eval_shape(lambda: task.init_model(tree.initializers(jax.random.key(0)))))
     here, count = jnp.zeros(()).sharding, checkpoint_files.replicas_of(saved)
     if not 0 <= replica < count:
         raise UserError(f"{run} has no replica {replica}: choose one from 0 to {count - 1}")

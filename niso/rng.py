@@ -1,10 +1,8 @@
 """Every random number's address: (seed, name, step). Nothing random is stored, so nothing random has to be restored."""
 
 import zlib
-from typing import cast
 
 import jax
-from flax import nnx
 from jax import Array
 
 
@@ -21,19 +19,3 @@ def stream(seed: int | Array, name: str, step: int | Array = 0) -> Array:
 def held_out(seed: int, name: str, item_B: Array, copy_B: Array) -> Array:
     """A key for every example of a test set that is the same for every run, B: each a function of (item, copy, seed) and `name`."""
     return jax.vmap(lambda item, copy: jax.random.fold_in(stream(seed, name, item), copy))(item_B, copy_B)
-
-
-def initializers(key: Array) -> nnx.Rngs:
-    """What flax's layers take their keys from: those of nnx.Rngs(params=key), one after the other."""
-    return cast(nnx.Rngs, _Keys(key))
-
-
-class _Keys:
-    """nnx.Rngs counts its keys in a traced array, which takes a third of the time in which a model is traced."""
-
-    def __init__(self, key: Array):
-        self._key, self._drawn = key, 0
-
-    def params(self) -> Array:
-        self._drawn += 1
-        return jax.random.fold_in(self._key, self._drawn - 1)

@@ -119,7 +119,7 @@ class Program:
     # Below, everything is of one replica: `seed` is a number, or a replica's key where several are mapped over.
 
     def _init_model(self, seed: int | Array) -> nnx.Module:
-        return self.task.init_model(rng.initializers(rng.stream(seed, "init")))
+        return self.task.init_model(tree.initializers(rng.stream(seed, "init")))
 
     def _init(self, seed: int | Array, warm: dict[str, Array]) -> TrainState:
         return self._begin(tree.flatten(self._init_model(seed))[1] | warm)

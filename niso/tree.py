@@ -1,15 +1,32 @@
 """Parameters by path: a model's parameters as a flat dict {"encoder/levels/0/blocks/1/conv/kernel": array}.
 
-One flat dict is what rules, masks, freezing and checkpoints all speak of; nnx is met only in `flatten` and `merge`.
+One flat dict is what rules, masks, freezing and checkpoints all speak of; nnx is met only here.
 """
 
 import re
-from typing import Any
+from typing import Any, cast
 
 import jax
 from flax import nnx
+from jax import Array
 
 Params = dict[str, Any]
+
+
+def initializers(key: Array) -> nnx.Rngs:
+    """What flax's layers take their keys from: those of nnx.Rngs(params=key), one after the other."""
+    return cast(nnx.Rngs, _Keys(key))
+
+
+class _Keys:
+    """nnx.Rngs counts its keys in a traced array, which takes a third of the time in which a model is traced."""
+
+    def __init__(self, key: Array):
+        self._key, self._drawn = key, 0
+
+    def params(self) -> Array:
+        self._drawn += 1
+        return jax.random.fold_in(self._key, self._drawn - 1)
 
 
 def flatten(model: nnx.Module) -> tuple[nnx.GraphDef, Params]:
