@@ -18,6 +18,7 @@ from tests import bodies, digits
 from tests.test_step import check_golden
 
 KEY = rng.stream(0, "draw", 1)
+SAMPLE = jax.jit(latlong.sample)
 
 
 def encode_task(arm: str = "", **overrides: Any) -> Autoencode:
@@ -37,7 +38,7 @@ def stored(host: dict[str, np.ndarray], height: int, width: int, example: int, m
     point_Nx3 = latlong.points(height, width).astype(np.float64)
     metric = np.diag([1.0, -1.0, -1.0, -1.0])
     moved_Nx4 = np.insert(point_Nx3, 0, 1.0, axis=1) @ (metric @ map_4x4.astype(np.float64).T @ metric).T
-    found = latlong.sample(host["signal_BxHxWxC"][[example]], (moved_Nx4[:, 1:] / moved_Nx4[:, :1])[None])
+    found = SAMPLE(host["signal_BxHxWxC"][[example]], (moved_Nx4[:, 1:] / moved_Nx4[:, :1])[None])
     scaled = host["low_BxC"][example] + host["step_BxC"][example] * np.asarray(found[0], np.float64)
     return np.clip(scaled, -1, 1).reshape(height, width, -1)
 
@@ -47,7 +48,7 @@ def test_training_views_are_the_surface_under_two_unrelated_maps() -> None:
     drawn = jax.jit(task.draw)(host, KEY)
     frames = np.asarray(drawn["frames_BxTxHxWxC"])
     assert frames.shape == (8, 2, 8, 16, 16) and "signal_BxHxWxC" not in drawn
-    map_QxXxY = np.asarray(moebius.random(jax.random.split(KEY)[0], 16, views.SHIFT))
+    map_QxXxY = np.asarray(jax.jit(moebius.random, static_argnums=(1, 2))(jax.random.split(KEY)[0], 16, views.SHIFT))
     for example, view in ((0, 0), (0, 1), (5, 1)):
         expected = stored(host, 8, 16, example, map_QxXxY[2 * example + view])
         np.testing.assert_allclose(frames[example, view], expected, atol=2e-5)
