@@ -1,197 +1,205 @@
-"""Accidents, one after the other: `python -m tests.campaign --minutes=25 --kills=100 --terms=20` prints a table at the end.
+"""Accidents in great number: `nice python -m tests.campaign --minutes=30 --kills=100 --terms=20` prints a table at the end.
 
-Runs of one process and of two are killed (SIGKILL) at random moments and in the midst of saving, told to leave (SIGTERM), given
-damaged checkpoints and a full disk, and started again with the same command until they are done. Each must end with the bytes
-of a run that nothing happened to: parameters, optimiser state, metrics.jsonl.
+Runs of one process and of two, some side by side, are killed (SIGKILL) at random moments, many of them in the midst of saving,
+told to leave (SIGTERM), stopped for a while, given damaged files and a full disk, and started again with the same command
+until they are done. Each must end with the bytes of a run that nothing happened to: parameters, optimiser state, metrics.jsonl.
+The exit code is 1 if anything was wrong, or if not all has happened that was asked for.
 """
 
 import argparse
 import collections
+import contextlib
+import itertools
+import math
 import pathlib
 import random
-import re
+import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
+import threading
 import time
-from typing import Any
+from collections.abc import Callable, Iterator
 
-from niso.checkpoint import UNREADABLE
 from tests import runs
+from tests.accidents import KILL, LEAVE, OTHERS, PATIENCE, STEPS, Accidents, newest
 
-STEPS: Any = runs.OPERATOR["steps"]
-PATIENCE = 300  # seconds for what ends by itself
-SURVIVORS = 5.0  # seconds in which a process whose peer was killed has to end
-KILL, LEAVE = "killed", "told to leave"
+SHARE = 0.22  # of the kills and of the orders to leave, those of runs of two processes, which take twice as long
+COUNTED = (KILL, LEAVE)
 
 
 class Campaign:
-    """What has happened so far, in `folder`, and what is still to happen."""
+    """What has happened so far, in `folder`, and what is still to happen: so many kills and orders to leave, and each other
+    accident once to a run of one process and once to one of two."""
 
-    def __init__(self, folder: pathlib.Path, kills: int, terms: int, seconds: float, seed: int):
-        self.folder, self.wanted, self.draw = folder, {KILL: kills, LEAVE: terms}, random.Random(seed)
+    def __init__(self, folder: pathlib.Path, kills: int, terms: int, seconds: float, seed: int, jobs: int = 1):
+        self.folder, self.seed, self.jobs = folder, seed, jobs
         self.deadline = time.monotonic() + seconds
-        self.done: collections.Counter[str] = collections.Counter()
+        pairs = {KILL: math.ceil(SHARE * kills), LEAVE: math.ceil(SHARE * terms)}
+        self.wanted = {(what, 2): pairs[what] for what in COUNTED}
+        self.wanted |= {(what, 1): total - pairs[what] for what, total in zip(COUNTED, (kills, terms), strict=True)}
+        self.others = {processes: list(OTHERS[processes]) for processes in (1, 2)}  # those still to come
+        self.counted: collections.Counter[tuple[str, int]] = collections.Counter()  # kills and orders to leave, of any kind
+        self.count: collections.Counter[tuple[str, int]] = collections.Counter()  # of everything, as in the table
+        self.seconds: collections.Counter[tuple[str, int]] = collections.Counter()
         self.wrong: list[str] = []
         self.slowest = 0.0  # seconds from the death of a process to the end of the other
+        self.lock, self.numbers = threading.Lock(), itertools.count()
 
     def run(self) -> None:
-        """Runs of one process and of two in turn, until all has happened or time is over."""
-        for processes in (1, 2):
-            self.finish(self.folder / f"unbroken-{processes}", processes)
-        number, half = 0, -(-sum(self.wanted.values()) // 2)
-        while any(self.left(kind) > 0 for kind in self.wanted) and time.monotonic() < self.deadline:
-            self.life(self.folder / f"run-{number}", 1 + number % 2, half)
-            number += 1
+        """Runs of one process and of two, `jobs` at a time, until all has happened or time is over."""
+        runs.folder()  # once, before there are threads
+        unbroken = [lambda n=n: self._guarded(self._unbroken, n) for n in (1, 2)]
+        for some in [unbroken] if self.jobs > 1 else [[one] for one in unbroken]:
+            self._side_by_side(some)
+        # The first job takes runs of two processes as long as there is something to happen to those.
+        self._side_by_side([lambda first=job == 0: self._work(2 if first else 1) for job in range(self.jobs)])
 
-    def life(self, workdir: pathlib.Path, processes: int, most: int) -> None:
-        """One run from its first step to its last, with accidents on the way, of which the random ones are no more than `most`."""
-        special = [self.damage, self.fill]
-        for _ in range(most):
-            kinds = [kind for kind in self.wanted if self.left(kind) > 0]
-            if not kinds or newest(workdir) == STEPS or time.monotonic() > self.deadline:
-                break
-            self.accident(workdir, processes, self.draw.choices(kinds, [self.left(kind) for kind in kinds])[0])
-            if special and len(saved(workdir)) > 1 and newest(workdir) < STEPS - 20:
-                self.happened(special.pop(0)(workdir, processes), processes)
-        self.finish(workdir, processes)
+    def _side_by_side(self, jobs: list[Callable[[], None]]) -> None:
+        threads = [threading.Thread(target=job) for job in jobs]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+
+    def _work(self, preferred: int) -> None:
+        while not self._over():
+            processes = preferred if self.open(preferred) else 3 - preferred
+            if not self.open(processes):
+                return
+            with self.lock:
+                number = next(self.numbers)
+            self._guarded(self._life, processes, number)
+
+    def _guarded(self, act: Callable[..., None], *arguments: int) -> None:
+        try:
+            act(*arguments)
+        except Exception as error:  # one life less; the others go on, and the end is not a success
+            self.check(False, f"{act.__name__.strip('_')} {arguments}: {type(error).__name__}: {error}")
+
+    def _unbroken(self, processes: int) -> None:
+        with self.timed("unbroken", processes):
+            self.accidents(processes, f"unbroken-{processes}", random.Random()).finish()
+
+    def accidents(self, processes: int, name: str, draw: random.Random) -> Accidents:
+        return Accidents(self.folder / name, processes, draw, self.check, self.survived)
+
+    def _life(self, processes: int, number: int) -> None:
+        """One run from its first step to its last, with accidents on the way."""
+        name = f"run-{number}-of-{processes}"
+        draw = random.Random(f"{self.seed} {number}")
+        accidents = self.accidents(processes, name, draw)
+        while self.open(processes) and not self._over() and newest(accidents.workdir) < STEPS:
+            if kinds := [kind for kind in COUNTED if self.left(kind, processes) > 0]:
+                weights = [self.left(kind, processes) for kind in kinds]
+                self._happen(processes, draw.choices(kinds, weights)[0], accidents.sudden)
+            else:
+                self._happen(processes, "", accidents.sudden)  # for those that need checkpoints
+            if accidents.ready and (other := self._next_other(processes)):
+                self._happen(processes, "", getattr(accidents, other), other)
+        with self.timed("rest of the run", processes):
+            accidents.finish()
         unbroken = self.folder / f"unbroken-{processes}"
-        same = runs.same(runs.arrays(workdir, STEPS), runs.arrays(unbroken, STEPS))
-        self.check(same, f"{workdir.name}: other parameters or optimiser state than the unbroken run")
-        lines = (workdir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
-        self.check(lines, f"{workdir.name}: another metrics.jsonl than the unbroken run")
-        self.happened("ended with the same bytes" if same and lines else "ended WRONG", processes)
-        shutil.rmtree(workdir)
+        same = runs.same(runs.arrays(accidents.workdir, STEPS), runs.arrays(unbroken, STEPS))
+        self.check(same, f"{name}: other parameters or optimiser state than the unbroken run")
+        lines = (accidents.workdir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()
+        self.check(lines, f"{name}: another metrics.jsonl than the unbroken run")
+        with self.lock:
+            self.count["ended with the same bytes" if same and lines else "ended with OTHER BYTES", processes] += 1
+        if same and lines:
+            shutil.rmtree(accidents.workdir)
 
-    def accident(self, workdir: pathlib.Path, processes: int, kind: str) -> None:
-        """Starts the run and ends it at a random moment: in a save, shortly after one, or at any time."""
-        before, started = newest(workdir), self.start(workdir, processes)
-        # One of two that is killed before they have met is waited for, a minute long.
-        alone = kind == KILL and processes == 1
-        moment = self.draw.choice(["saving", "between saves", "starting"] if alone else ["saving", "between saves"])
-        if moment == "starting":
-            self.wait(started, lambda: False, self.draw.uniform(0, 8))
-        else:
-            seen: set[str] = set()
-            saves = self.draw.randint(1, 5)
-
-            def temporary() -> bool:
-                names = [path.name for path in (workdir / "checkpoints").glob("*") if not path.name.isdigit()]
-                seen.update(names)
-                return len(seen) >= saves and bool(names)
-
-            self.wait(started, temporary, PATIENCE)
-            if moment == "between saves":
-                self.wait(started, lambda: False, self.draw.uniform(0, 0.3))
-        victim = self.draw.choice(started)
-        running = all(process.poll() is None for process in started)
+    def _happen(self, processes: int, kind: str, act: Callable[..., tuple[str, str]], other: str = "") -> None:
+        """Lets something happen and counts it; what could not happen, because the run was over before, comes again."""
         begun = time.monotonic()
-        victim.kill() if kind == KILL else victim.send_signal(signal.SIGTERM)
-        others = [runs.end(process, PATIENCE) for process in started if process is not victim]
-        took = time.monotonic() - begun
-        ended = [runs.end(victim, PATIENCE), *others]
-        self.check_resumed(ended, before)
-        if not running:
-            return
-        if kind == KILL:
-            self.slowest = max(self.slowest, took)
-            self.check(took < SURVIVORS and all(one.code == 1 for one in others), f"{took:.1f} s after a kill: {ended}")
-            self.happened(f"{KILL}, {moment}", processes)
-        elif any(one.code != 0 for one in ended):  # asked after the last step, it is done
-            said = re.search(r"asked to leave: step (\d+) is saved", "".join(one.out for one in ended))
-            sound = said is not None and int(said[1]) == newest(workdir) and {one.code for one in ended} == {42}
-            self.check(sound, f"told to leave: {ended}, newest is {newest(workdir)}")
-            self.happened(LEAVE, processes)
-        self.done[kind] += 1
+        counts_as, what = act(kind or KILL) if not other else act()
+        with self.lock:
+            if not what:
+                self.others[processes] += [other] * bool(other)
+                return
+            self.count[what, processes] += 1
+            self.seconds[what, processes] += time.monotonic() - begun
+            if counts_as:
+                self.counted[counts_as, processes] += 1
+            reached = ", ".join(f"{kind} {sum(self.counted[kind, n] for n in (1, 2))}" for kind in COUNTED)
+            print(f"{reached}: {what} ({processes})", flush=True)
 
-    def damage(self, workdir: pathlib.Path, processes: int) -> str:
-        """Bits of the newest checkpoint's numbers change: the run goes on from the one before, and is soon killed again."""
-        *_, sound, damaged = saved(workdir)
-        runs.spoil(workdir / "checkpoints" / str(damaged))
-        started = self.start(workdir, processes)
-        self.wait(started, lambda: (workdir / UNREADABLE / str(damaged)).exists() and newest(workdir) > damaged, PATIENCE)
-        started[0].kill()
-        ended = [runs.end(process, PATIENCE) for process in started]
-        line = f"niso: checkpoint {damaged} cannot be used ("
-        self.check(line in ended[0].err and f"going on from {sound}" in ended[0].err, f"damaged {damaged}: {ended}")
-        shutil.rmtree(workdir / UNREADABLE, ignore_errors=True)
-        return "newest checkpoint damaged"
+    def _next_other(self, processes: int) -> str:
+        with self.lock:
+            return self.others[processes].pop(0) if self.others[processes] else ""
 
-    def fill(self, workdir: pathlib.Path, processes: int) -> str:
-        """The disk is full when the next but one checkpoint is written: exit code 2 and one line; what was saved stays."""
-        before = newest(workdir)
-        size = runs.largest(workdir / "checkpoints" / str(before)).stat().st_size // 2
-        hook = [f"full={before + 6}:{size}"]
-        started = self.start(workdir, processes, hooks=hook if processes == 1 else (hook, []))
-        ended = [runs.end(process, PATIENCE) for process in started]
-        sound = {one.code for one in ended} == {2} and ended[0].err.startswith("niso: cannot write ")
-        self.check(sound and newest(workdir) >= before, f"full disk: {ended}")
-        return "disk full"
+    @contextlib.contextmanager
+    def timed(self, what: str, processes: int) -> Iterator[None]:
+        begun = time.monotonic()
+        yield
+        with self.lock:
+            self.count[what, processes] += 1
+            self.seconds[what, processes] += time.monotonic() - begun
 
-    def finish(self, workdir: pathlib.Path, processes: int) -> None:
-        """The rest of the run, which nothing happens to."""
-        before = newest(workdir)
-        ended = [runs.end(process, PATIENCE) for process in self.start(workdir, processes)]
-        self.check({one.code for one in ended} == {0}, f"{workdir.name}: {ended}")
-        if before < STEPS:
-            self.check_resumed(ended, before)
+    def left(self, kind: str, processes: int) -> int:
+        return self.wanted[kind, processes] - self.counted[kind, processes]
 
-    def check_resumed(self, ended: list[runs.Ended], before: int) -> None:
-        """Where it came so far as to say where it goes on, that is from the newest checkpoint there was."""
-        said = re.search(r"; (?:resuming at|from) step (\d+)", "".join(one.out for one in ended))
-        self.check(said is None or int(said[1]) == before, f"went on from {said and said[1]}, not from {before}")
+    def open(self, processes: int) -> bool:
+        """Whether something is still to happen to runs of so many processes."""
+        return any(self.left(kind, processes) > 0 for kind in COUNTED) or bool(self.others[processes])
 
-    def start(self, workdir: pathlib.Path, processes: int, **options: Any) -> list[subprocess.Popen]:
-        options |= {"config": "toric_laplacian", "devices": 1}
-        return [runs.start(workdir, **options)] if processes == 1 else runs.start_pair(workdir, **options)
+    def _over(self) -> bool:
+        return time.monotonic() > self.deadline
 
-    def wait(self, started: list[subprocess.Popen], until: Any, seconds: float) -> None:
-        """Until that holds, so many seconds are over, or a process has ended."""
-        end = time.monotonic() + seconds
-        while time.monotonic() < end and not until() and all(process.poll() is None for process in started):
-            time.sleep(0.002)
-
-    def left(self, kind: str) -> int:
-        return self.wanted[kind] - self.done[kind]
-
-    def happened(self, what: str, processes: int) -> None:
-        self.done[f"{what} ({processes} process{'es' * (processes > 1)})"] += 1
-        print(f"{KILL} {self.done[KILL]}, {LEAVE} {self.done[LEAVE]}: {what}", flush=True)
+    def survived(self, seconds: float) -> None:
+        with self.lock:
+            self.slowest = max(self.slowest, seconds)
 
     def check(self, sound: bool, what: str) -> None:
         if not sound:
-            self.wrong.append(what)
+            with self.lock:
+                self.wrong.append(what)
             print(f"WRONG: {what}", flush=True)
 
+    def missing(self) -> list[str]:
+        """What was asked for and has not happened."""
+        found = [f"{self.left(*one)} x {one[0]} ({one[1]})" for one in self.wanted if self.left(*one) > 0]
+        found += [f"{other} ({processes})" for processes, rest in self.others.items() for other in rest]
+        ended = [n for n in (1, 2) if not self.count["ended with the same bytes", n]]
+        return [*found, *(f"no run of {n} ended with the same bytes" for n in ended)]
+
     def table(self) -> str:
-        rows = [f"{count:>6}  {what}" for what, count in sorted(self.done.items())]
-        rows.append(f"{self.slowest:>6.1f}  seconds at most from the kill of one process to the end of the other")
-        return "\n".join([*rows, f"{len(self.wrong):>6}  wrong", *self.wrong])
+        """Accident x processes -> how often, and seconds each; then totals, what is missing, and what was wrong."""
+        rows = [f"{'':44}{'of one process':>18}{'of two':>18}"]
+        for what in sorted({what for what, _ in self.count}):
+            cells = []
+            for n in (1, 2):
+                each = self.seconds[what, n] / max(1, self.count[what, n])
+                cells.append(f"{self.count[what, n]:>8}" + (f"{each:>7.1f} s " if each else " " * 10))
+            rows.append(f"{what:44}{''.join(cells)}")
+        rows += [f"{f'all that were {kind}':44}{self.counted[kind, 1]:>8}{self.counted[kind, 2]:>18}" for kind in COUNTED]
+        rows.append(f"{self.slowest:.1f} s at most from the kill of one process to the end of the other")
+        rows.append(f"missing: {'; '.join(self.missing()) or 'nothing'}")
+        return "\n".join([*rows, f"wrong: {len(self.wrong)}", *self.wrong])
 
-
-def saved(workdir: pathlib.Path) -> list[int]:
-    return runs.steps(workdir) if (workdir / "checkpoints").is_dir() else []
-
-
-def newest(workdir: pathlib.Path) -> int:
-    """Step of the newest checkpoint, 0 where there is none."""
-    return max(saved(workdir), default=0)
+    def result(self) -> int:
+        """The exit code."""
+        return 1 if self.wrong or self.missing() else 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=25, help="after which no accident is begun any more")
+    parser.add_argument(
+        "--minutes", type=float, default=30, help=f"after which no accident is begun (the last may take {PATIENCE} s)"
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--terms", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
     given = parser.parse_args()
+    begun = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="niso-campaign-") as folder:
-        campaign = Campaign(pathlib.Path(folder), given.kills, given.terms, 60 * given.minutes, given.seed)
+        campaign = Campaign(pathlib.Path(folder), given.kills, given.terms, 60 * given.minutes, given.seed, given.jobs)
         campaign.run()
-    print(campaign.table())
-    return 1 if campaign.wrong else 0
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    took, of_cores = (time.monotonic() - begun) / 60, (used.ru_utime + used.ru_stime) / 60
+    print(f"{campaign.table()}\n{took:.1f} minutes, {of_cores:.1f} minutes of one core")
+    return campaign.result()
 
 
 if __name__ == "__main__":

@@ -256,9 +256,28 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
         raise ValueError(name)
 
 
+def _keep_all_programs() -> None:
+    """Compiled programs of every process are kept where process 0's are: jax keeps those alone, for fear of slow file systems,
+    while every process has names of its own for them."""
+    from jax._src import compiler
+
+    keep, state = compiler._cache_write, compiler.distributed.global_state
+
+    def keep_as_first(*arguments: Any, **options: Any) -> None:
+        me, state.process_id = state.process_id, 0
+        try:
+            keep(*arguments, **options)
+        finally:
+            state.process_id = me
+
+    compiler._cache_write = keep_as_first
+
+
 if __name__ == "__main__":
     split = sys.argv.index("--")
     from niso.main import main
+
+    _keep_all_programs()
 
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     for hook in sys.argv[1:split]:

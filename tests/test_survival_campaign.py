@@ -2,14 +2,35 @@
 
 import pytest
 
-from tests.campaign import KILL, LEAVE, Campaign
+from tests.accidents import KILL, LEAVE, OTHERS
+from tests.campaign import Campaign
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(1800)
 def test_a_short_campaign(tmp_path) -> None:
-    campaign = Campaign(tmp_path, kills=6, terms=2, seconds=900, seed=1)
+    campaign = Campaign(tmp_path, kills=6, terms=2, seconds=1200, seed=1)
     campaign.run()
-    assert campaign.wrong == []
-    assert (campaign.done[KILL], campaign.done[LEAVE]) == (6, 2), campaign.table()
-    assert all(campaign.done[f"ended with the same bytes ({who})"] for who in ("1 process", "2 processes")), campaign.table()
+    assert campaign.result() == 0, campaign.table()
+
+
+def test_a_campaign_succeeds_only_with_all_that_was_asked_for(tmp_path) -> None:
+    campaign = Campaign(tmp_path, kills=1, terms=1, seconds=0, seed=0)
+    assert campaign.wanted == {(KILL, 1): 0, (KILL, 2): 1, (LEAVE, 1): 0, (LEAVE, 2): 1}
+    everything = [f"1 x {KILL} (2)", f"1 x {LEAVE} (2)", *(f"{other} ({n})" for n in (1, 2) for other in OTHERS[n])]
+    nothing_ended = [f"no run of {n} ended with the same bytes" for n in (1, 2)]
+    assert campaign.missing() == [*everything, *nothing_ended] and campaign.result() == 1
+    for n in (1, 2):
+        while other := campaign._next_other(n):
+            campaign._happen(n, "", lambda other=other: ("", other), other)
+        campaign.count["ended with the same bytes", n] += 1
+    for kind in (KILL, LEAVE):
+        assert campaign.result() == 1
+        campaign._happen(2, kind, lambda kind: ("", ""))  # the run was over before: nothing has happened
+        assert campaign.left(kind, 2) == 1
+        campaign._happen(2, kind, lambda kind: (kind, kind))
+    assert (campaign.missing(), campaign.result()) == ([], 0)
+    campaign.check(True, "all is well")
+    assert campaign.result() == 0
+    campaign.check(False, "other bytes")
+    assert campaign.result() == 1 and campaign.table().endswith("wrong: 1\nother bytes")
