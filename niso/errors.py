@@ -4,9 +4,17 @@
 class UserError(Exception):
     """What is wrong and what to do about it, in one line.
 
-    The command-line programs print its message alone and leave with exit code 2; every other exception is a defect of
+    The command-line programs print its message alone and leave with its exit code; every other exception is a defect of
     niso and keeps its traceback.
     """
+
+    code = 2
+
+
+class LostError(UserError):
+    """Something outside was lost, not a mistake: the same command again may succeed."""
+
+    code = 1
 
 
 class RecordError(UserError):

@@ -23,7 +23,10 @@ _TOPOLOGY = flags.DEFINE_string("topology", None, "With --dry_run: compile for a
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains what the flags name, or says what it would be; returns the exit code (0 done, 2 a user's mistake, 42 preempted)."""
+    """Trains what the flags name, or says what it would be; returns the exit code.
+
+    0: done, 1: something was lost, so that starting again may help, 2: a user's mistake, 42: preempted.
+    """
     logging.set_verbosity(logging.FATAL)  # whatever stops a run is raised; the libraries would log it too, with tracebacks
     if "help" not in flags.FLAGS:
         app.define_help_flags()
@@ -43,7 +46,7 @@ def main(argv: list[str] | None = None) -> int:
             return train.run(experiment, workdir, accept_changes=_ACCEPT.value)
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)
-        return 2
+        return error.code
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from types import TracebackType
 
 from niso.errors import UserError
 
-ORDERLY, AGAIN, MISTAKE = 0, 1, 2  # how a process ends; the last two are exit codes, after which launchers start again, or do not
+ORDERLY, AGAIN = 0, 1  # how a process ends: as it should, or with the exit code after which launchers start again
 GRACE = 3.0  # seconds in which a process may find by itself what went wrong in another one
 # A machine that does not answer: asked after IDLE seconds of silence, then every second; jax gives up after 10 seconds.
 IDLE, PROBES = 3, 4
@@ -48,7 +48,7 @@ class Peers:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if kind is not None and not issubclass(kind, UserError):
             time.sleep(1)  # most likely it comes of a peer that has gone, of which the watch tells more clearly
-        self._say_end(ORDERLY if kind is None else MISTAKE if issubclass(kind, UserError) else AGAIN)
+        self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
 
     def leave(self) -> None:
         """Ends the program if it ends by an error: jax would wait for the others to come to the same end. For atexit."""

@@ -13,10 +13,11 @@ import numpy as np
 from niso.data.addresses import Address
 from niso.data.reading import Reading
 from niso.data.watchdog import Watchdog
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 Batch = dict[str, np.ndarray]
 Rows = slice | Sequence[int]
+Worker = multiprocessing.process.BaseProcess
 REPLACED = "replaced_B"  # an entry of batches on their way to the process that counts them, from whichever fetched them
 
 
@@ -57,8 +58,8 @@ class Batches:
     """An iterator of batches that owns threads or processes; close it, or use it as a context manager.
 
     Reading ahead begins at once.  An error of a thread or worker process is raised by the `next` that would have
-    returned its batch, a UserError as itself however grain wrapped it.  A `next` that takes long says so on stderr, and
-    what is being read meanwhile.
+    returned its batch, a UserError as itself however grain wrapped it, and a worker process that was killed as a
+    LostError.  A `next` that takes long says so on stderr, and what is being read meanwhile.
 
     Attributes:
         replaced: Examples of the batches returned so far of which a record could not be read.
@@ -75,6 +76,7 @@ class Batches:
         self._iterator.start_prefetch()
         self._waiting: dict[str, float] = {}  # for which batch, since when
         self._watchdog = Watchdog(self._waiting.copy, self._describe, reading.limit)
+        self._workers: list[Worker] = []  # those that lived when the last `next` began
 
     def __iter__(self) -> "Batches":
         return self
@@ -82,12 +84,16 @@ class Batches:
     def __next__(self) -> Batch:
         name = f"{self._name} {self._next}"
         self._waiting[name] = time.monotonic()
+        seen, self._workers = self._workers, _workers()
         try:
             batch = next(self._iterator)
         except StopIteration:
             raise
         except Exception as error:
+            lost = _lost(error, {one.pid: one.exitcode for one in [*seen, *self._workers] if one.exitcode}, name)
             self.close()
+            if lost is not None:
+                raise lost from None
             cause: BaseException | None = error
             while cause is not None and not isinstance(cause, UserError):
                 cause = cause.__cause__ or cause.__context__
@@ -107,9 +113,9 @@ class Batches:
 
     def _describe(self, waiting: str, seconds: float) -> str:
         """One line about the batch that is waited for."""
-        now, readers = time.monotonic(), multiprocessing.active_children()
+        now = time.monotonic()
         found = [f"{name} for {now - since:.0f} s" for name, since in self._reading.begun().items()]
-        found += [f"worker process {child.pid}" for child in readers if "grain" in child.name]
+        found += [f"worker process {child.pid}" for child in _workers()]
         line = f"no data yet for {waiting} after {seconds:.0f} s, in process {os.getpid()} on {platform.node()}"
         return f"{line}; it waits for {', '.join(found) or 'no reader'}"
 
@@ -118,3 +124,20 @@ class Batches:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+
+def _workers() -> list[Worker]:
+    """The worker processes that live."""
+    return [child for child in multiprocessing.active_children() if "grain" in child.name]
+
+
+def _lost(error: Exception, ended: dict[int | None, int], waiting: str) -> LostError | None:
+    """What grain's error says where a worker process has ended without a word, `ended` being exit codes by process."""
+    if not isinstance(error, RuntimeError) or "terminated unexpectedly" not in str(error):
+        return None
+    which = ", ".join(f"{pid} ({f'signal {-code}' if code < 0 else f'exit code {code}'})" for pid, code in ended.items())
+    return LostError(
+        f"worker process {which or 'of unknown number'} on {platform.node()}, which reads data, was killed while {waiting} waited "
+        "for it; most likely the machine is short of memory: lower data.workers or data.prefetch, or read in threads "
+        "(data.workers=0), which change no batch. What was saved is intact; go on under such a config with --accept_config_changes"
+    )
