@@ -1,0 +1,290 @@
+"""The same run on other devices: `nice python -m tests.equality` trains every task on many layouts, and compares all with one.
+
+A layout such as 2x4/2 is 2 processes with 4 devices each, of which 2 share each example (mesh.space). Reported is how far losses
+and parameters are from those of one device in 20 updates, in units of what rounding alone can do: at most 1.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Arrays = dict[str, np.ndarray]
+COMPARED = 20  # updates
+DECAY = 0.9  # of Adam's first moments
+ROUNDINGS, NOISE = 256, 16  # times 2**-24 of the largest gradient: what sums in another order may do, and what noise does
+AVAILABLE = 8  # devices, over all processes
+SHARED = {
+    "batch": 8,
+    "steps": 400,
+    "log.every": 1,
+    "optimizer.warmup": 4,
+    "optimizer.peak": 1e-3,
+    "data.threads": 1,
+    "task.rank": 8,
+}
+IMAGES = {"data.size": 8, "data.stack": 10, "data.test_examples": 8}
+NETWORK = {"task.widths": (4, 8), "task.latent_channels": 8}
+HEAD: dict[str, Any] = {"task.warm_start": (), "task.head_width": 8}
+# Every task, as small as it can be divided by four.
+TASKS: dict[str, dict[str, Any]] = {
+    "toric_laplacian": IMAGES,
+    "spherical_laplacian": IMAGES,
+    "hmnist_encode": NETWORK | {"task.size": 32, "data.test_examples": 8},
+    "hmnist_pred": NETWORK | HEAD | {"task.size": 32, "task.gram": 8, "data.test_examples": 8, "data.test_copies": 1},
+    "pose_encode": NETWORK | {"data.size": 16},
+    "pose_pred": NETWORK | HEAD | {"data.size": 16, "data.views": 3},
+    "toric_laplacian x 2 seeds": IMAGES | {"seeds": 2},
+}
+REPOSITORY = pathlib.Path(__file__).parents[1]
+ALONE = "1x1/1"
+LAYOUTS = (
+    "1x2/1", "1x2/2", "1x4/1", "1x4/2", "1x4/4", "1x8/1", "1x8/2", "1x8/4",
+    "2x1/1", "2x1/2", "2x2/2", "2x4/4", "4x1/1", "4x1/2", "4x2/4",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Deviation:
+    """From one device, in units of bounds, so at most 1.
+
+    Attributes:
+      gradients: Of the gradients of each of 20 updates, which begin with the bits of the run on one device: |Δ| over 256 · 2⁻²⁴ of
+        the largest gradient G anywhere, since sums taken in another order change a gradient by some multiple of 2⁻²⁴ of what is
+        summed. Reconstructions are compared by absolute values, whose derivative jumps: where a last bit turns the sign of a pixel
+        the gradient changes by some 1e-4 of G. So the largest but one of the 20 updates is meant.
+      losses: Of the losses of these updates: |Δ| over 256 · 2⁻²⁴ of the loss.
+      parameters: Of the parameters after 20 updates in which differences are fed back (`limit`).
+      one_update_more: The same of the run on one device with one update more: beyond 1, or that bound says nothing.
+    """
+
+    gradients: float
+    losses: float
+    parameters: float
+    one_update_more: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.gradients, self.losses, self.parameters)
+
+    def __str__(self) -> str:
+        return f"{self.gradients:.3f} {self.losses:.3f} {self.parameters:.2f}"
+
+
+def limit(reference: Arrays, noisy: list[Arrays]) -> float:
+    """How far rounding can move the parameters in 20 updates (root mean square).
+
+    Differences grow from update to update, and jump where a pixel's sign turns; no formula says how far. So the run is repeated on
+    one device with noise of 16 · 2⁻²⁴ · G on every entry of every gradient. Both of two runs are that far from exact arithmetic,
+    hence twice as far from each other.
+    """
+    return 2 * max(apart(reference, one, "params.") for one in noisy)
+
+
+def apart(one: Arrays, other: Arrays, what: str, against: str | None = None) -> float:
+    """Root mean square difference of what begins with those names, or of that and of what begins with others."""
+    names = [name.removeprefix(what) for name in one if name.startswith(what)]
+    differences = [one[f"{what}{name}"].astype(float) - other[f"{against or what}{name}"] for name in names]
+    return float(np.sqrt(np.mean(np.concatenate([d.ravel() for d in differences]) ** 2)))
+
+
+def deviation(ours: Arrays, reference: Arrays, noisy: list[Arrays]) -> Deviation:
+    """Of a run from the one on one device.
+
+    Raises:
+      AssertionError: frozen parameters have changed.
+    """
+    for name in (name for name in reference if name.startswith("frozen.")):
+        assert np.array_equal(ours[name], reference[name]), name
+    names = [name.removeprefix("params.") for name in reference if name.startswith("params.")]
+    unit, gradients = ROUNDINGS * 2.0**-24, []
+    for n in range(COMPARED):
+        before, ours_after, after = ([one[f"mu.{n + i}.{name}"].astype(float) for name in names] for one, i in
+                                     ((reference, 0), (ours, 1), (reference, 1)))  # fmt: skip
+        largest = max(float(np.abs(new - DECAY * old).max()) for new, old in zip(after, before, strict=True))
+        gradients.append(max(float(np.abs(a - b).max()) for a, b in zip(ours_after, after, strict=True)) / (unit * largest))
+    losses = np.abs(ours["forced losses"] - reference["losses"]) / (unit * np.abs(reference["losses"]))
+    furthest = limit(reference, noisy)
+    return Deviation(
+        sorted(gradients)[-2],
+        float(losses.max()),
+        apart(ours, reference, "params.") / furthest,
+        apart(reference, reference, "params.", "next.") / furthest,
+    )
+
+
+def train(task: str, layout: str, folder: pathlib.Path) -> Arrays:
+    """What a task comes to on a layout, on all processes: "losses" of 20 updates, "params.*" and "frozen.*" after them.
+
+    On one device also "state.N.*" and "mu.N.*" (Adam's first moments) before update N from 0, and "next.*" after one update more;
+    elsewhere "mu.N.*" and "forced losses" of updates that each begin with the state of one device.
+    """
+    import jax
+    import optax
+
+    from niso import metrics, sharding
+    from niso.config import Experiment
+    from niso.data.pipeline import open_dataset
+
+    config = importlib.import_module(f"configs.{task.partition(' ')[0]}").get_config("quick")
+    config.update_from_flattened_dict(SHARED | TASKS[task])
+    e = Experiment.from_config(config)
+    where, _, draw = layout.partition(" noise ")
+    each, space = map(int, where.partition("x")[2].split("/"))
+    per_process = len(jax.devices()) // jax.process_count()
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    some = [device for number, device in enumerate(devices) if number % per_process < each]
+    dataset = open_dataset(e.data)
+    mesh = sharding.make_mesh(sharding.MeshShape(-1, space, False), some)
+    program = program_of(int(draw) if draw else None)(e, mesh, dataset.batch_shapes(e.batch))
+    whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
+    found: Arrays = {}
+
+    def keep(what: str, arrays: dict[str, Any]) -> None:
+        found.update({f"{what}.{name}": np.asarray(array) for name, array in whole(arrays).items()})
+
+    def run(updates: int, begin: Callable[[int, Any], Any]) -> np.ndarray:
+        """The losses of some updates; `begin(n, state)` returns the state that update n shall begin with."""
+        state, losses = program.init({}), []
+        with program.replicas.train_batches(dataset.train_batches, e.batch, 0, updates) as batches:
+            for n, batch in enumerate(batches):
+                state, window = program.train(begin(n, state), program.place(batch))
+                losses.append([values["loss"] for values in metrics.by_replica(window)])
+        begin(updates, state)
+        return np.array(losses[:COMPARED])
+
+    def free(n: int, state: Any) -> Any:
+        if where == ALONE:
+            found.update({f"state.{n}.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))})
+            keep(f"mu.{n}", optax.tree_utils.tree_get(state.opt_state, "mu"))
+        if n == COMPARED:
+            keep("params", state.params)
+            keep("frozen", state.frozen)
+        if n == COMPARED + 1:
+            keep("next", state.params)
+        return state
+
+    def forced(n: int, state: Any) -> Any:
+        if n:
+            keep(f"mu.{n}", optax.tree_utils.tree_get(state.opt_state, "mu"))
+        if n == COMPARED:
+            return state
+        leaves, structure = jax.tree.flatten(program.state_sharding)
+        arrays = [reference[f"state.{n}.{i}"] for i in range(len(leaves))]
+        return structure.unflatten(
+            [jax.make_array_from_callback(a.shape, place, lambda at, a=a: a[at]) for a, place in zip(arrays, leaves, strict=True)]
+        )
+
+    found["losses"] = run(COMPARED + (layout == ALONE), free)
+    if where != ALONE:
+        reference = read(folder, task, ALONE)
+        found["forced losses"] = run(COMPARED, forced)
+    return found
+
+
+def program_of(draw: int | None) -> type:
+    """niso's Program; or one whose gradients have noise, the `draw`-th."""
+    import jax
+    import jax.numpy as jnp
+
+    from niso.step import Program
+
+    class Noisy(Program):
+        def _gradients(self, *arguments: Any) -> Any:
+            gradients, measured = super()._gradients(*arguments)
+            size = NOISE * 2.0**-24 * jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients.values()]))
+            keys = jax.random.split(jax.random.fold_in(arguments[3], draw), len(gradients))
+            spread = {
+                name: jax.random.uniform(key, gradients[name].shape, minval=-1) for name, key in zip(gradients, keys, strict=True)
+            }
+            return {name: gradients[name] + size * spread[name] for name in gradients}, measured
+
+    return Program if draw is None else Noisy
+
+
+def measure(tasks: list[str], layouts: list[str], folder: pathlib.Path) -> None:
+    """Trains them in processes of their own, as many at a time as a layout has; then `read` finds each result in the folder."""
+    for processes in sorted({layout.partition("x")[0] for layout in layouts}):
+        some = [layout for layout in layouts if layout.startswith(f"{processes}x")]
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        environment = os.environ | {
+            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(AVAILABLE // int(processes)), "NISO_CACHE": str(folder / "cache"),
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        }  # fmt: skip
+        told = json.dumps([tasks, some, str(folder), address, int(processes)])
+        started = [
+            subprocess.Popen(
+                [sys.executable, "-m", "tests.equality", "--part", told, "--process", str(i)], cwd=REPOSITORY, env=environment
+            )
+            for i in range(int(processes))
+        ]
+        codes = [process.wait() for process in started]
+        if any(codes):
+            raise RuntimeError(f"{some} of {tasks}: exit codes {codes}")
+
+
+def part(told: str, me: int) -> None:
+    """One process of `measure`."""
+    from absl import logging
+
+    from niso import distributed
+
+    logging.set_verbosity(logging.FATAL)  # as niso.main does
+    tasks, layouts, folder, address, processes = json.loads(told)
+    with distributed.join(*((address, processes, me) if processes > 1 else (None, None, None)), False):
+        for task in tasks:
+            for layout in layouts:
+                found = train(task, layout, pathlib.Path(folder))
+                if me == 0:
+                    np.savez(pathlib.Path(folder) / f"{task}-{layout.replace('/', '-')}.npz", **found)
+
+
+def read(folder: pathlib.Path, task: str, layout: str) -> Arrays:
+    """What `train` returned there."""
+    with np.load(folder / f"{task}-{layout.replace('/', '-')}.npz") as arrays:
+        return dict(arrays)
+
+
+def compare(task: str, layouts: list[str], folder: pathlib.Path, draws: int = 2) -> list[Deviation]:
+    """A task's deviation on each layout, from so many draws of noise."""
+    noise = [f"{ALONE} noise {draw}" for draw in range(draws)]
+    measure([task], [ALONE, *noise, *layouts], folder)
+    reference, noisy = read(folder, task, ALONE), [read(folder, task, layout) for layout in noise]
+    return [deviation(read(folder, task, layout), reference, noisy) for layout in layouts]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tasks", default=",".join(TASKS))
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--part", help=argparse.SUPPRESS)
+    parser.add_argument("--process", type=int, default=0, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.part:
+        part(given.part, given.process)
+        return 0
+    tasks, layouts, largest = given.tasks.split(","), given.layouts.split(","), 0.0
+    print("deviation of gradients, of losses, and of parameters after 20 updates, in units of what rounding can do\n")
+    print(f"| task | {' | '.join(layouts)} | one update more |\n|{' --- |' * (len(layouts) + 2)}", flush=True)
+    with tempfile.TemporaryDirectory(prefix="niso-equality-") as folder:
+        for task in tasks:
+            found = compare(task, layouts, pathlib.Path(folder))
+            print(f"| {task} | {' | '.join(map(str, found))} | {found[0].one_update_more:.1f} |", flush=True)
+            largest = max(largest, *(one.largest for one in found))
+    return 0 if largest <= 1 else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
