@@ -76,7 +76,7 @@ class Batches:
         self._iterator.start_prefetch()
         self._waiting: dict[str, float] = {}  # for which batch, since when
         self._watchdog = Watchdog(self._waiting.copy, self._describe, reading.limit)
-        self._workers: list[Worker] = []  # those that lived when the last `next` began
+        self._workers: dict[int | None, Worker] = {}  # all that were seen and have not ended as they should
 
     def __iter__(self) -> "Batches":
         return self
@@ -84,13 +84,14 @@ class Batches:
     def __next__(self) -> Batch:
         name = f"{self._name} {self._next}"
         self._waiting[name] = time.monotonic()
-        seen, self._workers = self._workers, _workers()
+        seen = self._workers | {one.pid: one for one in _workers()}
+        self._workers = {pid: one for pid, one in seen.items() if one.exitcode != 0}
         try:
             batch = next(self._iterator)
         except StopIteration:
             raise
         except Exception as error:
-            lost = _lost(error, {one.pid: one.exitcode for one in [*seen, *self._workers] if one.exitcode}, name)
+            lost = _lost(error, {pid: one.exitcode for pid, one in self._workers.items() if one.exitcode}, name)
             self.close()
             if lost is not None:
                 raise lost from None

@@ -10,6 +10,7 @@ import abc
 import dataclasses
 import functools
 import pathlib
+import sys
 from collections.abc import Sequence
 from typing import Generic, TypeVar
 
@@ -23,6 +24,8 @@ from niso.data.reading import FATAL, SKIP
 from niso.errors import UserError
 
 Opened = TypeVar("Opened")
+# Memory that killed workers leave behind is cleared away by Python's tracker, which would warn of it below the line that matters.
+QUIET = "ignore:resource_tracker:UserWarning"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,5 +208,7 @@ class Examples(abc.ABC):
         options = grain.ReadOptions(num_threads=min(data.threads, each), prefetch_buffer_size=each)
         stream = addresses.map(FetchRows(items, rows, exact)).to_iter_dataset(options)
         if data.workers:
+            if QUIET not in sys.warnoptions:
+                sys.warnoptions.append(QUIET)  # the tracker is another process, which gets the options of this one
             stream = stream.mp_prefetch(grain.MultiprocessingOptions(data.workers, per_worker_buffer_size=max(1, each)))
         return Batches(iter(stream), items.reading, name, first)
