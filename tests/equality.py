@@ -35,6 +35,7 @@ SHARED = {
 }
 IMAGES = {"data.size": 8, "data.stack": 10, "data.test_examples": 8}
 NETWORK = {"task.widths": (4, 8), "task.latent_channels": 8}
+SURFACES = {"data.size": 16, "task.size": (16, 32), "data.test_copies": 1}
 HEAD: dict[str, Any] = {"task.warm_start": (), "task.head_width": 8}
 # Every task, as small as it can be divided by four.
 TASKS: dict[str, dict[str, Any]] = {
@@ -44,6 +45,8 @@ TASKS: dict[str, dict[str, Any]] = {
     "hmnist_pred": NETWORK | HEAD | {"task.size": 32, "task.gram": 8, "data.test_examples": 8, "data.test_copies": 1},
     "pose_encode": NETWORK | {"data.size": 16},
     "pose_pred": NETWORK | HEAD | {"data.size": 16, "data.views": 3},
+    "cshrec11_encode": NETWORK | SURFACES,
+    "cshrec11_pred": NETWORK | HEAD | SURFACES | {"task.gram": 8},
     "toric_laplacian x 2 seeds": IMAGES | {"seeds": 2},
 }
 REPOSITORY = pathlib.Path(__file__).parents[1]
