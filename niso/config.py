@@ -90,6 +90,7 @@ class Experiment:
             except re.error as error:
                 raise UserError(f"{key}={pattern!r} is not a regular expression ({error}); .* matches everything") from None
         self.optimizer.schedule(self.steps)  # raises where the warm-up does not fit
+        self.task.check_data(self.data)
 
     @staticmethod
     def from_config(config: ConfigDict) -> "Experiment":

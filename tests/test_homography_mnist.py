@@ -274,6 +274,12 @@ def test_impossible_settings(stage: str, overrides: dict[str, Any], told: str) -
     assert told in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_warped_test_images_are_not_warped_once_more() -> None:
+    assert digits.experiment("pred", data__test_records="records/homnist").data.test_records == "records/homnist"
+    with pytest.raises(UserError, match=r"data.test_records=records/homnist: its images are warped already"):
+        digits.experiment("encode", data__test_records="records/homnist")
+
+
 def test_images_that_do_not_fit() -> None:
     with pytest.raises(UserError, match=r"images of 28 x 28 pixels cannot lie in the middle of task.size=26: choose task.size=28"):
         digits.program("encode", task__size=26)

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -65,6 +66,12 @@ class Autoencode(Latent):
             raise UserError(f"task.regime=triplets needs T²ψ, which {lacking}: set task.transformation=homography, or regime=pairs")
         if self.regime == "reconstruction" and self.operator:
             raise UserError("task.regime=reconstruction has no maps for an operator to commute with: set task.operator=False")
+
+    def check_data(self, data: Any) -> None:
+        if getattr(data, "test_records", ""):
+            raise UserError(
+                f"data.test_records={data.test_records}: its images are warped already, and would be once more: leave it empty"
+            )
 
     def init_model(self, rngs: nnx.Rngs) -> Autoencoder:
         operator = self.init_operator(rngs)

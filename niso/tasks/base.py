@@ -33,6 +33,9 @@ class Task:
     warm_start: tuple[tuple[str, str], ...]
     procrustes: Procrustes = dataclasses.field(default=polar_factor, compare=False)
 
+    def check_data(self, data: Any) -> None:
+        """Raises UserError where keys of the config's `data` section contradict the task; by default none do."""
+
     def init_model(self, rngs: nnx.Rngs) -> nnx.Module:
         """The model at initialisation."""
         raise NotImplementedError
