@@ -87,11 +87,11 @@ def _reduce(config: ConfigDict, variant: str) -> None:
     before reconstructions are sharp enough to resist, and the equivariance error stays at 19 % (README, results).
     """
     quick = variant == "quick"
-    config.steps = 250 if quick else 2_000
+    config.steps = 150 if quick else 2_000
     config.data.update(records="", twin="tiny" if quick else "small", size=32, test_every=1 if quick else 3, threads=2)
     config.task.update(widths=(32, 64), blocks=1, latent_channels=32, rank=32, beta=0.025 if quick else 0.0075)
-    config.optimizer.update(peak=1e-3, final=1e-4, warmup=50 if quick else 100)
-    every = 125 if quick else 500
+    config.optimizer.update(peak=1e-3, final=1e-4, warmup=30 if quick else 100)
+    every = 75 if quick else 500
     config.log.update(every=25 if quick else 100, evaluate_every=every, figures_every=every if quick else 1_000)
     config.checkpoint.update(every=every)
 

@@ -46,8 +46,10 @@ class Peers:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None and not issubclass(kind, UserError):
-            time.sleep(1)  # most likely it comes of a peer that has gone, of which the watch tells more clearly
+        if kind is not None and (not issubclass(kind, UserError) or (error and error.__cause__)):
+            # Most likely it comes of a peer that has gone, of which the watch tells more clearly: also what looks like a full disk
+            # (a UserError made of another error) may be a sum over all processes, on the way to a checkpoint, that never came.
+            time.sleep(1)
         self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
 
     def leave(self) -> None:

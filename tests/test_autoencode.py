@@ -1,6 +1,7 @@
 """The pairwise task: its losses against NumPy float64, its ablations, and that it learns."""
 
 import dataclasses
+import functools
 from typing import Any
 from unittest import mock
 
@@ -16,6 +17,7 @@ from niso.tasks.autoencode import Autoencode, Autoencoder
 from tests import tiny
 
 
+@functools.cache
 def task_and_model(**overrides: Any) -> tuple[Autoencode, Autoencoder]:
     task = tiny.experiment(**overrides).task
     assert isinstance(task, Autoencode)
@@ -93,7 +95,7 @@ def test_only_the_two_latents_of_the_loss_are_decoded() -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        {"task__operator": False, "task__alpha": 0.0},
+        pytest.param({"task__operator": False, "task__alpha": 0.0}, marks=pytest.mark.slow),
         {"task__group": "SO", "task__eigenvalues": "clustered", "task__dtype": "bfloat16", "task__remat": True, "task__beta": 0.0},
         pytest.param({"task__rank": 64, "task__ridge": 1e-4}, marks=pytest.mark.slow),
         pytest.param({"task__both_directions": True}, marks=pytest.mark.slow),
@@ -150,6 +152,7 @@ def test_float32_where_it_matters_whatever_the_networks_compute_in() -> None:
     assert float(task.loss(model, tiny.batch())[0]) == pytest.approx(a, rel=0.03)
 
 
+@pytest.mark.slow
 def test_remat_changes_memory_not_numbers() -> None:
     batch = tiny.batch()
 

@@ -25,8 +25,8 @@ from tests.test_bad_input import forget_flags
 
 ROOT = pathlib.Path(__file__).parents[1]
 NAMES = sorted(path.stem for path in (ROOT / "configs").glob("*.py") if path.stem != "__init__")
-# Of the first four tests/test_readme.py makes two steps or more; the fifth has the data and the draws of cshrec11_encode.
-ELSEWHERE = ("hmnist_encode", "hmnist_pred", "pose_encode", "pose_pred", "cshrec11_pred")
+# Of the first four tests/test_readme.py makes two steps or more; the others are like cshrec11_encode and toric_laplacian.
+ELSEWHERE = ("hmnist_encode", "hmnist_pred", "pose_encode", "pose_pred", "cshrec11_pred", "spherical_laplacian")
 TASKS = sorted(path.stem for path in pathlib.Path(tasks.__path__[0]).glob("*.py") if path.stem not in task_base.SHARED)
 
 

@@ -21,6 +21,7 @@ def test_every_experiment_is_compared() -> None:
     assert {layout.partition("/")[2] for layout in equality.LAYOUTS} == {"1", "2", "4"}
 
 
+@pytest.mark.slow
 def test_an_example_divided_between_two_devices(tmp_path) -> None:
     assert_equal("toric_laplacian", ["1x2/2"], tmp_path, draws=1)
 

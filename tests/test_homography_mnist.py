@@ -1,5 +1,6 @@
 """Homography MNIST: its views, regimes and losses against NumPy float64, and the head that is tested on warped images."""
 
+import functools
 import itertools
 from functools import partial
 from typing import Any
@@ -28,12 +29,14 @@ from tests.test_step import check_golden
 KEY = rng.stream(0, "draw", 1)
 
 
+@functools.cache
 def encode_task(arm: str = "", **overrides: Any) -> tuple[Autoencode, Any]:
     task = digits.experiment("encode", arm, **overrides).task
     assert isinstance(task, Autoencode)
     return task, task.init_model(nnx.Rngs(params=0))
 
 
+@functools.cache
 def classify_task(arm: str = "", **overrides: Any) -> tuple[Classify, Any]:
     task = digits.experiment("pred", arm, **overrides).task
     assert isinstance(task, Classify)

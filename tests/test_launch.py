@@ -168,6 +168,7 @@ def test_local_wants_a_number(count: str, tmp_path) -> None:
     assert ended.code == 2 and ended.err.startswith("local.sh: usage: launch/local.sh N")
 
 
+@pytest.mark.slow
 def test_two_real_processes_train_one_run(tmp_path) -> None:
     """As the command line says, from an empty folder to the last step; the folder then is that of one run."""
     changes = runs.TINY | {"data.records": runs.tiny_records(), "steps": 5}

@@ -1,6 +1,7 @@
 """The operator experiments: their losses against NumPy float64, their draws, and what the figures of merit measure."""
 
 import dataclasses
+import functools
 import importlib
 from typing import Any
 
@@ -44,6 +45,7 @@ def batch(rows: int = 4, size: int = 8, channels: int = 90) -> dict[str, np.ndar
     return {"images_BxHxWxC": images, "weight_B": np.ones(rows, np.float32)}
 
 
+@functools.cache
 def task_and_model(domain: str, **overrides: Any) -> tuple[Laplacian, Any]:
     task = Experiment.from_config(config(domain, **overrides)).task
     assert isinstance(task, Laplacian)

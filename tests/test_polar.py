@@ -146,7 +146,7 @@ def test_small_batches_and_no_batch(method: str) -> None:
 
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("method", EXPLICIT)
-@pytest.mark.parametrize("size", [2, 9, 40])
+@pytest.mark.parametrize("size", [9, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 40))])
 def test_gradient_against_float64(size: int, method: str, special: bool) -> None:
     """1e-3 for condition numbers to 1e4; in SO(k), where a direction is flipped, s_max over the gap of the two smallest counts."""
     random = np.random.default_rng(1)

@@ -198,6 +198,7 @@ def test_a_run_of_replicas_survives_a_kill_and_reports_each(run: Path, tmp_path:
         assert together[f"{kind}_standard_error/{metric}"] == pytest.approx(abs(pair[0] - pair[1]) / 2)
 
 
+@pytest.mark.slow
 def test_a_replica_is_loaded_and_warms_others_up(run: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (2, 8, 8, 3), np.uint8)
     codes = [niso.load(run, replica=index).encode(frames) for index in range(2)]

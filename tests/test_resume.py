@@ -82,6 +82,7 @@ def test_another_config_is_refused_and_another_shape_named() -> None:
     assert runs.snapshot(workdir / "checkpoints") == before
 
 
+@pytest.mark.slow
 def test_divergence_stops_saves_nothing_and_can_be_resumed(tmp_path) -> None:
     shutil.copytree(runs.unbroken(), tmp_path, dirs_exist_ok=True)
     for step in (10, 15, 16):
@@ -108,7 +109,8 @@ def test_clipping_can_be_switched_on_in_a_running_run() -> None:
     assert plain_tree == clipped_tree
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_checkpoint_of_eight_devices_on_fewer(devices: int, tmp_path) -> None:
     """All arrays, those that eight devices had divided among them included, bit for bit; beside an outdated checkpoint whose
     deletion was interrupted."""

@@ -109,6 +109,14 @@ def test_the_same_mistake_in_all_accuses_nobody() -> None:
         assert ends(all_three) == [(2, "no such file\n")] * 3
 
 
+def test_what_looks_like_a_full_disk_may_be_a_process_that_is_gone() -> None:
+    failed = "time.sleep(0.3); raise UserError('cannot write') from ValueError('connection reset by peer')"
+    with members("time.sleep(0.6); import os; os.kill(os.getpid(), 9)", failed) as both:
+        assert ends(both)[1] == (1, GONE.format(0, 2, HOST))
+    with members(SLEEP, failed) as both:
+        assert ends(both, WITHIN + peers.GRACE) == [(2, FAILED.format(1, 2, HOST)), (2, "cannot write\n")]
+
+
 def test_a_defect_in_one_is_told_by_it_alone() -> None:
     with members(SLEEP, "time.sleep(0.3); 1 / 0", SLEEP) as all_three:
         first, second, third = ends(all_three, WITHIN + peers.GRACE)
