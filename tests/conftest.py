@@ -1,6 +1,7 @@
 """Eight virtual CPU devices for every test: set before a backend starts."""
 
 import niso  # noqa: F401, I001  (first: it sets OPENBLAS_NUM_THREADS)
+import gc
 import os
 import shutil
 import tempfile
@@ -16,6 +17,8 @@ jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 # Hundreds of small programs are compiled once and run a few times; the README's first command and the slow tests optimise.
 jax.config.update("jax_disable_most_optimizations", True)
+# Traced programs are many objects that live long: to look through them as often as Python does takes a tenth of the time.
+gc.set_threshold(100_000, 50, 100)
 
 
 def pytest_configure(config: pytest.Config) -> None:

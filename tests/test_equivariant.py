@@ -278,6 +278,7 @@ def accuracies(model: nnx.Module) -> tuple[float, float]:
     return float(plain), float(turned)
 
 
+@pytest.mark.slow
 def test_it_learns_which_structure_it_sees() -> None:
     """And knows it again however it is turned."""
     assert min(accuracies(equivariant())) > 0.97

@@ -57,14 +57,14 @@ def trained(p: Program, steps: int) -> tuple[Any, dict[str, float]]:
 def test_views_are_the_image_and_its_images_under_t_and_t_squared() -> None:
     task, _ = encode_task()
     host = digits.batch()
-    frames = np.asarray(task.draw(host, KEY)["frames_BxTxHxWxC"])
+    frames = np.asarray(jax.jit(task.draw)(host, KEY)["frames_BxTxHxWxC"])
     assert frames.shape == (8, 3, 40, 40, 1) and frames.min() >= -1 and frames.max() <= 1
     padded = np.pad(host["images_BxHxWxC"] / 255.0, ((0, 0), (6, 6), (6, 6), (0, 0)))
     np.testing.assert_allclose(frames[:, 0], 2 * padded - 1, atol=1e-6)
     coefficient_Bx8 = views.training_coefficients(host, jax.random.split(KEY)[0])
-    t_Bx3x3 = homography.exponential(coefficient_Bx8)
+    t_Bx3x3 = jax.jit(homography.exponential)(coefficient_Bx8)
     for view, power in ((1, 1), (2, 2)):
-        warped = homography.warp(jnp.asarray(padded), homography.power(t_Bx3x3, power))
+        warped = jax.jit(homography.warp)(jnp.asarray(padded), homography.power(t_Bx3x3, power))
         np.testing.assert_allclose(frames[:, view], 2 * np.asarray(warped) - 1, atol=2e-3)  # exp(2x) and exp(x)² round apart
     assert np.abs(frames[:, 1] - frames[:, 0]).mean() > 0.02
 
@@ -74,7 +74,7 @@ def test_held_out_views_depend_on_image_copy_and_seed_alone() -> None:
     other_seed, _ = encode_task(task__test_seed=1)
     host = digits.batch()
     shuffled = {name: value[::-1] for name, value in host.items()}
-    drawn = [np.asarray(t.draw_held_out(b, k)["frames_BxTxHxWxC"]) for t, b, k in (
+    drawn = [np.asarray(jax.jit(t.draw_held_out)(b, k)["frames_BxTxHxWxC"]) for t, b, k in (
         (task, host, KEY), (task, shuffled, rng.stream(3, "evaluate", 9)), (other_seed, host, KEY),
         (task, host | {"copy_B": host["copy_B"] + 1}, KEY), (task, host | {"item_B": host["item_B"] + 1}, KEY),
     )]  # fmt: skip
@@ -89,7 +89,7 @@ def test_held_out_views_depend_on_image_copy_and_seed_alone() -> None:
     np.testing.assert_allclose(np.std(training, axis=0), homography.SCALES_8, rtol=0.05)
     # The classifier is tested on the very same images.
     classify, _ = classify_task()
-    np.testing.assert_array_equal(classify.draw_held_out(host, KEY)["observation_BxHxWxC"], drawn[0][:, 1])
+    np.testing.assert_array_equal(jax.jit(classify.draw_held_out)(host, KEY)["observation_BxHxWxC"], drawn[0][:, 1])
 
 
 @pytest.mark.parametrize("arm", ["triplets", "pairs", "autoencoder"])
@@ -150,6 +150,7 @@ def test_maps_of_the_other_pair_know_the_transformation_only_if_it_is_shared() -
         assert np.abs(moved_BxKxC - swapped.coefficient_BxTxKxC[:, view]).max() > 0.5
 
 
+@pytest.mark.slow
 def test_spectral_dropout_is_for_training_only_and_spares_the_equivariance() -> None:
     task, model = encode_task(task__dropout=1.0)
     plain, _ = encode_task()

@@ -299,6 +299,7 @@ def test_a_batch_is_learned_by_heart() -> None:
     assert set(drawn) == {"isometries"} and drawn["isometries"].dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_the_first_kernel_is_split_over_space() -> None:
     p, whole = program(2, 4), program()
     assert p.state_sharding.params["head/layers/0/kernel"].spec == PartitionSpec(None, "space")

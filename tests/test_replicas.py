@@ -113,6 +113,7 @@ def test_initial_parameters_are_bit_identical() -> None:
             np.testing.assert_array_equal(together[name][index], value, err_msg=name)
 
 
+@pytest.mark.slow
 def test_split_replicas_need_no_communication() -> None:
     """Over `data` nothing crosses devices but the metrics on their way out, one number each."""
     p = tiny.program(2, 1, seeds=COUNT)

@@ -4,6 +4,7 @@ import contextlib
 import random
 import shutil
 import time
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -40,18 +41,23 @@ def one_line(ended: runs.Ended) -> str:
     return ended.err
 
 
-def test_five_endings_leave_no_trace(tmp_path) -> None:
+# How a run ends, its exit code, and the checkpoints that there are then. Only whole ones count: that of step 10 was not whole
+# when its writer was killed.
+ENDINGS = (
+    ("kill=3", -9, []), ("kill=9", -9, [5]), ("kill_commit=10", -9, [5]), ("term=13", 42, [5, 10, 13]),
+    ("kill=16", -9, [5, 10, 13, 15]), ("", 0, [5, 10, 13, 15, 16]),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("chosen", [(1, 2, 3, 5), pytest.param(range(6), marks=pytest.mark.slow)], ids=["three", "five"])
+def test_endings_leave_no_trace(chosen: Sequence[int], tmp_path) -> None:
     """Killed before the first checkpoint; in the middle of a window of metrics; while a checkpoint is about to get its name;
     asked to leave; killed after the last update. Each time the same command is given again."""
-    seen = []
-    endings = [("kill=3", -9), ("kill=9", -9), ("kill_commit=10", -9), ("term=13", 42), ("kill=16", -9), ("", 0)]
-    for hook, code in endings:
+    for hook, code, saved in (ENDINGS[n] for n in chosen):
         ended = runs.run(tmp_path, hooks=[hook] if hook else [])
         assert ended.code == code, (hook, ended.out, ended.err)
         assert ended.err == "", hook
-        seen.append(runs.steps(tmp_path))
-    # Only whole checkpoints count: the one of step 10 was not whole when its writer was killed.
-    assert seen == [[], [5], [5], [5, 10, 13], [5, 10, 13, 15], [5, 10, 13, 15, 16]]
+        assert runs.steps(tmp_path) == saved, hook
     assert_as_unbroken(tmp_path, runs.unbroken())
 
 

@@ -100,6 +100,7 @@ def damages(checkpoint: pathlib.Path) -> Iterator[tuple[str, Callable[[], object
         yield f"{name} changed", lambda path=path: runs.flip(path)
 
 
+@pytest.mark.slow
 def test_whatever_happens_to_a_file_nothing_wrong_is_restored(wanted, tmp_path) -> None:
     """Either all numbers and the config are as they were, or it is an error that names the checkpoint."""
     whole = runs.unbroken() / "checkpoints" / str(runs.STEPS)
