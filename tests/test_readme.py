@@ -68,6 +68,8 @@ NOT_RUN = {
     "docker build": "needs a registry; tests/test_manifests.py reads the manifest",
     "kubectl": "needs a cluster; tests/test_manifests.py reads the manifest",
     "--root=runs": "twenty runs; tests/test_sweep.py runs short ones",
+    "tests.campaign": "half an hour; tests/test_survival_campaign.py runs a short one",
+    "tests.equality": "hours; tests/test_equality.py runs it as a slow test",
     "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs both with small ones",
 }
 
