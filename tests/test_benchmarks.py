@@ -112,6 +112,7 @@ def test_train_step_of_a_tiny_experiment(
     assert len(lines) == 3 and "temporary_mb" in lines[1] and "e-" not in lines[2]
 
 
+@pytest.mark.slow
 def test_the_loop_is_measured_without_and_with_log_points(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "loop.json"
     assert loop.main(["--steps=400", f"--json={path}"]) == 0
@@ -177,6 +178,7 @@ def test_solve_refuses_arguments(arguments: list[str], capsys: pytest.CaptureFix
     assert stopped.value.code == 2 and arguments[0].partition("=")[0] in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_plain_network_fails_on_warped_digits(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The floor of Homography MNIST: it has learned the digits, and homographies of them are another matter."""
     monkeypatch.setenv("NISO_CACHE", str(tmp_path))

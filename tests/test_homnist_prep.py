@@ -271,6 +271,7 @@ def test_training_batches_are_of_mnist_and_test_batches_of_the_records(mnist, re
     assert pipeline.open_dataset(section(mnist, "", test_examples=6)).figure_batch(2)["images_BxHxWxC"].shape == (2, 28, 28, 1)
 
 
+@pytest.mark.slow
 def test_accuracy_is_the_same_on_records_and_on_what_is_drawn(mnist, regenerated):
     """Of a classifier that knows nothing; a grey level is rounded, which may move its loss a little."""
     of_records = {"data.twin": "", "data.records": str(mnist), "data.test_records": str(regenerated), "data.test_copies": 1}

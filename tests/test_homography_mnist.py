@@ -228,7 +228,8 @@ def test_training_images_are_unperturbed_unless_augmented() -> None:
     np.testing.assert_allclose(task.draw_held_out(large, KEY)["observation_BxHxWxC"], padded, atol=1e-6)
 
 
-@pytest.mark.parametrize("arm", ["", pytest.param("autoencoder", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arm", ["", "autoencoder"])
 def test_the_head_learns_and_nothing_else_moves(arm: str) -> None:
     p = digits.program("pred", arm, optimizer__weight_decay=0.5, task__augment=False)
     frozen = jax.device_get(p.init({}).frozen)

@@ -147,12 +147,13 @@ def test_tensorboard_reads_the_run(folder: Path) -> None:
 
 
 @pytest.mark.timeout(400)
-def test_the_other_commands(folder: Path) -> None:
+@pytest.mark.parametrize("digits", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["video", "digits"])
+def test_the_other_commands(folder: Path, digits: bool) -> None:
     """In the README's order, but data first, and first of all the twin: it stands for CO3Dv2 and for a folder of images here."""
     known = sorted(lines(), key=lambda line: ("synthetic_co3d" not in line, "data_prep" not in line))
     for original in known:
         line = original
-        if QUICK in line or any(part in line for part in NOT_RUN):
+        if QUICK in line or any(part in line for part in NOT_RUN) or ("hmnist" in line) != digits:
             continue
         changes = next(changes for part, changes in RUN.items() if part in line + " ")
         for old, new in changes.items():

@@ -106,6 +106,7 @@ def test_solves_of_replicas_wait_for_each_other() -> None:
         assert set(solves[:index]) <= needs[name], (name, solves)
 
 
+@pytest.mark.slow
 def test_initial_parameters_are_bit_identical() -> None:
     together = jax.device_get(tiny.program(seeds=COUNT).init({}).params)
     for index in range(COUNT):

@@ -58,7 +58,8 @@ def test_window_sums_between_log_points() -> None:
     assert not math.isclose(single[3], single[2])  # begun anew
 
 
-@pytest.mark.parametrize("parts", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [2, 4])
 def test_accumulation_is_the_whole_batch(parts: int) -> None:
     # A step of Adam divides by the gradient's own size, which lifts rounding of nearly vanishing gradients: 2e-4 of 3e-3 steps.
     (whole, a), (pieces, b) = steps(tiny.program()), steps(tiny.program(optimizer__accumulate=parts))

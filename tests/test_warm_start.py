@@ -13,6 +13,7 @@ from tests import runs
 UPDATES = 6
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_and_never_reach_the_optimizer(tmp_path) -> None:
     """With weight decay on, in a run of its own: encoder and operator of a finished run, a new decoder."""
     source = runs.arrays(runs.unbroken(), runs.STEPS)
