@@ -25,8 +25,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from niso.config import base
-from niso.errors import UserError
+from niso.config import base, size_and_arm
 
 SIZES = ("paper", "small", "quick")
 ARMS: dict[str, dict[str, Any]] = {  # what differs from pairs
@@ -88,11 +87,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
 
 def parts(variant: str) -> tuple[str, str]:
     """(size, arm) of a variant."""
-    if variant not in VARIANTS:
-        sizes, arms = ", ".join(SIZES), ", ".join(ARMS)
-        raise UserError(f"no variant {variant!r}: choose one of {sizes}, and after it a dash and one of {arms}, if you want")
-    size, _, arm = variant.partition("-")
-    return size, arm or "pairs"
+    return size_and_arm(variant, SIZES, tuple(ARMS))
 
 
 def _reduce(config: ConfigDict, size: str) -> None:

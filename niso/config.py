@@ -152,6 +152,15 @@ def base() -> ConfigDict:
     )  # fmt: skip
 
 
+def size_and_arm(variant: str, sizes: tuple[str, ...], arms: tuple[str, ...]) -> tuple[str, str]:
+    """The parts of a variant such as small-pairs; without a dash it is of the first arm. Raises UserError for any other one."""
+    size, dash, arm = variant.partition("-")
+    if size not in sizes or (dash and arm not in arms):
+        choices = f"choose one of {', '.join(sizes)}, and after it a dash and one of {', '.join(arms)}, if you want"
+        raise UserError(f"no variant {variant!r}: {choices}")
+    return size, arm or arms[0]
+
+
 def difference(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """`key: old -> new` for every key in which two resolved configs differ."""
     a, b = flat(old), flat(new)
