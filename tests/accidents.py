@@ -57,9 +57,7 @@ class Accidents:
                 self.survived(took)
             self.check(took < SURVIVORS and all(one.code == 1 for one in others), f"{took:.1f} s after a kill: {ended}")
             return KILL, f"{KILL}, {moment}"
-        # Asked after the last step it is done; once it has said so, a signal may end what is left of the process.
-        done = newest(self.workdir) == STEPS and "done: " in "".join(one.out for one in ended)
-        if not (done and {one.code for one in ended} <= {0, -signal.SIGTERM}):
+        if any(one.code != 0 for one in ended):  # asked after the last step, it is done
             said = re.search(r"asked to leave: step (\d+) is saved", "".join(one.out for one in ended))
             sound = said is not None and int(said[1]) == newest(self.workdir) and {one.code for one in ended} == {42}
             self.check(sound, f"told to leave: {ended}, newest is {newest(self.workdir)}")
