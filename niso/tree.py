@@ -19,7 +19,7 @@ def initializers(key: Array) -> nnx.Rngs:
 
 
 class _Keys:
-    """nnx.Rngs counts its keys in a traced array, which takes a third of the time in which a model is traced."""
+    """nnx.Rngs counts its keys in a traced array, which takes a quarter of the time in which programs are traced."""
 
     def __init__(self, key: Array):
         self._key, self._drawn = key, 0
