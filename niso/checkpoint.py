@@ -32,11 +32,14 @@ T = TypeVar("T")
 class Checkpoints:
     """The checkpoints of one run, in `workdir`/checkpoints.
 
+    Args:
+      for_good: SIGTERM is not given back by `close`: for a program that has nothing left to do then but to end as it was about to.
+
     Raises:
       UserError: the folder cannot be written.
     """
 
-    def __init__(self, workdir: str, keep: int):
+    def __init__(self, workdir: str, keep: int, *, for_good: bool = False):
         self.folder = Path(workdir).absolute() / FOLDER
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -50,7 +53,8 @@ class Checkpoints:
         self._terminated = False
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
-            self._previous_handler = signal.signal(signal.SIGTERM, self._on_sigterm)
+            previous = signal.signal(signal.SIGTERM, self._on_sigterm)
+            self._previous_handler = None if for_good else previous
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none: what process 0 sees is so for all, who have to ask together."""

@@ -29,7 +29,7 @@ GO = "go"
 
 def join(
     coordinator: str | None, processes: int | None, process_id: int | None, detect: bool
-) -> contextlib.AbstractContextManager[object]:
+) -> contextlib.AbstractContextManager[Peers | None]:
     """Meets the other processes of the run, if there are any: those that flags name, else those that the environment tells of.
 
     Returns what watches them, until its `with` block ends. A process that is missing, or is gone later, ends the program with

@@ -42,8 +42,11 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run.run(experiment, _TOPOLOGY.value)
         workdir = _WORKDIR.value or f"runs/{experiment.experiment}-{experiment.variant}"
         detect = _DISTRIBUTED.value == "auto"
-        with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect):
-            return train.run(experiment, workdir, accept_changes=_ACCEPT.value)
+        with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect) as peers:
+            code = train.run(experiment, workdir, accept_changes=_ACCEPT.value, for_good=argv is None)
+            if peers:
+                peers.exit_code = code
+            return code
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)
         return error.code

@@ -41,12 +41,15 @@ def by_replica(metrics: Metrics) -> list[dict[str, float]]:
     """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
     fetched = jax.device_get(metrics)
     if all(mean.total.ndim == 0 for mean in fetched.values()):
-        return [values(fetched)]
+        return [_values(fetched)]
     count = len(next(iter(fetched.values())).total)
-    return [values({name: Mean(m.total[index], m.count[index]) for name, m in fetched.items()}) for index in range(count)]
+    return [_values({name: Mean(m.total[index], m.count[index]) for name, m in fetched.items()}) for index in range(count)]
 
 
 def values(metrics: Metrics) -> dict[str, float]:
     """Name -> mean, on the host; names that counted nothing (a frame skip that no pair has) are left out."""
-    fetched = jax.device_get(metrics)
+    return _values(jax.device_get(metrics))
+
+
+def _values(fetched: Metrics) -> dict[str, float]:
     return {name: mean.value() for name, mean in sorted(fetched.items()) if float(mean.count)}

@@ -18,6 +18,7 @@ from types import TracebackType
 from niso.errors import UserError
 
 ORDERLY, AGAIN = 0, 1  # how a process ends: as it should, or with the exit code after which launchers start again
+LAST = 60.0  # seconds that a process which ends as it should waits for the last of the others
 GRACE = 3.0  # seconds in which a process may find by itself what went wrong in another one
 # A machine that does not answer: asked after IDLE seconds of silence, then every second; jax gives up after 10 seconds.
 IDLE, PROBES = 3, 4
@@ -36,6 +37,7 @@ class Peers:
         self.links = {link: f"{name} (of unknown name)" for name, link in links.items()}  # those still open
         self.said: set[socket.socket] = set()  # ... of those who have said that they end
         self.code: int | None = None  # how this process has said that it ends
+        self.exit_code = ORDERLY  # with which it ends where that is ORDERLY
         self.lock, self.ending = threading.Lock(), threading.Event()
         for link in self.links:
             _keep_alive(link)
@@ -53,13 +55,17 @@ class Peers:
         self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
 
     def leave(self) -> None:
-        """Ends the program if it ends by an error: jax would wait for the others to come to the same end. For atexit."""
+        """Ends the program, once the others end too. For atexit.
+
+        Without jax's own end: that would wait for the others to come to the same one, and, where the machine was being taken away
+        after the last step, for one more step to agree on.
+        """
         self._say_end(AGAIN)
-        if self.code != ORDERLY:
-            self._wait(GRACE + 2)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            _exit(self.code or AGAIN)
+        orderly = self.code == ORDERLY
+        self._wait(LAST if orderly else GRACE + 2)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        _exit(self.exit_code if orderly else self.code or AGAIN)
 
     def _say_end(self, code: int) -> None:
         with self.lock:

@@ -19,13 +19,16 @@ from niso.telemetry import Telemetry
 PREEMPTED = 42  # exit code that asks a launcher to start the same command again
 
 
-def run(experiment: Experiment, workdir: str, accept_changes: bool = False) -> int:
+def run(experiment: Experiment, workdir: str, accept_changes: bool = False, *, for_good: bool = False) -> int:
     """Trains to the experiment's last step, going on from `workdir`'s newest checkpoint; returns the exit code.
+
+    Args:
+      for_good: it is all that this process is for: told to leave (SIGTERM) when it has ended, it keeps its exit code.
 
     Raises:
       UserError: anything a user can put right.
     """
-    checkpoints = Checkpoints(workdir, experiment.checkpoint.keep)
+    checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, for_good=for_good)
     with contextlib.ExitStack() as stack:
         stack.callback(checkpoints.close)
         checkpoints.check_config(experiment.resolved, accept_changes)

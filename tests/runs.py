@@ -4,7 +4,7 @@
 
   kill=N         the process kills itself (SIGKILL) right after update N was sent off and earlier checkpoints are written
   kill_commit=N  ... in the moment in which the checkpoint of step N would get its final name
-  term=N         it sends itself SIGTERM after update N, as a machine does that is taken away
+  term=N         it sends itself SIGTERM after update N, as a machine does that is taken away; `end`: when all is done and saved
   full=N:SIZE    after update N, earlier checkpoints being written, no file can grow beyond SIZE bytes, as on a disk that is full
   rows=FILE      FILE gets, for every batch, {row of the global batch: checksum} of the rows this process read
   counts=FILE    FILE gets, for every read of metrics, [name, number of examples counted] of one of them
@@ -204,6 +204,7 @@ def snapshot(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
 
 def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
     from niso import metrics, sharding
+    from niso.checkpoint import Checkpoints
     from niso.telemetry import Telemetry
 
     def die() -> NoReturn:
@@ -211,7 +212,15 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
         signal.pause()
         raise AssertionError
 
-    if name in ("kill", "term", "full"):
+    if (name, value) == ("term", "end"):
+        close = Checkpoints.close
+
+        def then(self: Checkpoints) -> None:
+            close(self)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Checkpoints.close = then  # type: ignore[method-assign]
+    elif name in ("kill", "term", "full"):
         tick, (at, _, size) = Telemetry.tick, value.partition(":")
         left = set(checkpoints.iterdir()) if checkpoints.exists() else set()  # half-written, by a process that was ended
 
@@ -283,4 +292,5 @@ if __name__ == "__main__":
     for hook in sys.argv[1:split]:
         kind, _, what = hook.partition("=")
         _install(kind, what, pathlib.Path(given["--workdir"]) / "checkpoints")
-    sys.exit(main(["niso", *sys.argv[split + 1 :]]))
+    sys.argv[1:] = sys.argv[split + 1 :]
+    sys.exit(main())

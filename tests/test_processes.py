@@ -161,6 +161,7 @@ def test_two_processes_killed_and_resumed(tmp_path) -> None:
     assert killed[0].err.startswith("niso: process 1 of 2 (") and killed[0].err.count("\n") == 1
     left = [ended.code for ended in runs.run_pair(workdir, (["term=11"], []), **options)]
     assert left == [42, 42]
-    assert [ended.code for ended in runs.run_pair(workdir, **options)] == [0, 0]
+    told_when_done = runs.run_pair(workdir, (["term=end"], []), **options)
+    assert [(ended.code, ended.err) for ended in told_when_done] == [(0, "")] * 2
     assert runs.same(runs.arrays(workdir, runs.STEPS), runs.arrays(unbroken, runs.STEPS))
     assert (workdir / "metrics.jsonl").read_bytes() == (unbroken / "metrics.jsonl").read_bytes()

@@ -45,16 +45,16 @@ def one_line(ended: runs.Ended) -> str:
 # when its writer was killed.
 ENDINGS = (
     ("kill=3", -9, []), ("kill=9", -9, [5]), ("kill_commit=10", -9, [5]), ("term=13", 42, [5, 10, 13]),
-    ("kill=16", -9, [5, 10, 13, 15]), ("", 0, [5, 10, 13, 15, 16]),
+    ("kill=16", -9, [5, 10, 13, 15]), ("term=end", 0, [5, 10, 13, 15, 16]),
 )  # fmt: skip
 
 
 @pytest.mark.parametrize("chosen", [(1, 2, 3, 5), pytest.param(range(6), marks=pytest.mark.slow)], ids=["three", "five"])
 def test_endings_leave_no_trace(chosen: Sequence[int], tmp_path) -> None:
     """Killed before the first checkpoint; in the middle of a window of metrics; while a checkpoint is about to get its name;
-    asked to leave; killed after the last update. Each time the same command is given again."""
+    asked to leave; killed after the last update; asked to leave when all is done. Each time the same command is given again."""
     for hook, code, saved in (ENDINGS[n] for n in chosen):
-        ended = runs.run(tmp_path, hooks=[hook] if hook else [])
+        ended = runs.run(tmp_path, hooks=[hook])
         assert ended.code == code, (hook, ended.out, ended.err)
         assert ended.err == "", hook
         assert runs.steps(tmp_path) == saved, hook

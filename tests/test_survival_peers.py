@@ -129,6 +129,12 @@ def test_an_orderly_end_accuses_nobody() -> None:
         assert ends(all_three) == [(0, "")] * 3
 
 
+def test_an_orderly_end_keeps_its_exit_code() -> None:
+    leaving = "time.sleep(0.3); watch.exit_code = 42"
+    with members(leaving, leaving) as both:
+        assert ends(both) == [(42, "")] * 2
+
+
 def test_a_machine_that_vanishes_is_given_up_before_jax_does() -> None:
     one, other = pair()
     with one, other:
