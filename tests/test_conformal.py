@@ -251,12 +251,31 @@ def test_quality_sees_flips_stretches_and_lost_faces() -> None:
     assert conformal.quality(vertex, face, pointlike)[1:] == (np.inf, 1)
 
 
-def test_the_gate() -> None:
-    def result(flipped: float, distortion: float) -> conformal.Conformal:
-        return conformal.Conformal(*(np.zeros((1, 3)),) * 3, flipped, distortion, 0.0, 1, 0.0)
+def test_flipped_faces_are_mended() -> None:
+    vertex, face = surface.icosphere(4)
+    sphere = vertex.astype(np.float32)
+    folded = sphere.copy()
+    folded[1000] = sphere[face[np.any(face == 1000, axis=1)]].mean(axis=(0, 1)) + 2 * (sphere[face[0, 0]] - sphere[face[0, 1]])
+    folded /= np.linalg.norm(folded, axis=1, keepdims=True)
+    assert conformal.quality(vertex, face, folded)[0] > 0
+    mended = conformal.untangled(folded, face)
+    flipped, distortion, lost = conformal.quality(vertex, face, mended)
+    assert flipped == lost == 0 and distortion < 1.02
+    assert mended.dtype == np.float32 and np.abs(np.linalg.norm(mended, axis=1) - 1).max() < 1e-6
+    moved = np.any(mended != folded, axis=1)
+    assert 0 < moved.sum() < 100 and moved[1000]  # only what is around it
+    assert np.array_equal(conformal.untangled(sphere, face), sphere)  # nothing to mend
+    hopeless = sphere * np.where(sphere[:, 2:] > 0, 1, np.float32([1, 1, -1]))  # the lower half folded onto the upper one
+    assert np.array_equal(conformal.untangled(hopeless, face), hopeless)
 
-    assert conformal.accepted(result(0.0049, 1.49))
-    assert not conformal.accepted(result(0.005, 1.2)) and not conformal.accepted(result(0, 1.5))
+
+def test_the_gate() -> None:
+    def result(flipped: float, distortion: float, iterations: int = 1) -> conformal.Conformal:
+        return conformal.Conformal(*(np.zeros((1, 3)),) * 3, flipped, distortion, 0.0, iterations, 0.0)
+
+    assert conformal.accepted(result(0, 1.49)) and conformal.accepted(result(0.0049, 1.49, 0))
+    assert not conformal.accepted(result(0.0001, 1.2)) and not conformal.accepted(result(0, 1.5))
+    assert not conformal.accepted(result(0.005, 1.2, 0)) and not conformal.accepted(result(0, 1.5, 0))
     assert not conformal.accepted(result(0, np.inf)) and not conformal.accepted(result(0, np.nan))
 
 
