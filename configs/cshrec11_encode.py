@@ -48,6 +48,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "size": 192,
         "test_copies": 30,  # as many as there are random maps of every mesh of the published data set
         "in_memory": True,
+        "stored_maps": 0,  # 30: those of the published data set, instead of maps drawn in every step
         "threads": 2,
         "prefetch": 8,
         "workers": 0,

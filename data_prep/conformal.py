@@ -28,6 +28,7 @@ MOST_FLIPPED, MOST_DISTORTED = 0.005, 1.5
 
 _STEP, _MOST_STEPS, _STILL = 0.1, 80, 1e-4  # of the flow, for a surface of area 1
 _CENTRED, _MOST_MOVES, _FARTHEST = 1e-12, 50, 0.8  # of the centring: |μ|, Newton's steps, |c| of one
+_FITS = 1e-3  # of the sphere's radius: 1/30 of a pixel of 96 x 192
 _LOST = 1e-5  # longest edge on the sphere: 100 roundings of float32, 1/3,000 of a pixel of 96 x 192
 _MOST_RINGS, _RELAXATIONS = 8, 30  # of untangling
 _WORST = 100.0  # a face's ratio counts as at most this, or one face of no area would decide the mean
@@ -173,6 +174,32 @@ def centred_inversion(sphere_Vx3: np.ndarray, c_3: np.ndarray) -> np.ndarray:
     """(1 − |c|²)(s + c)/|s + c|² + c for points s of the unit sphere, |c| < 1 (niso.geometry.moebius, in float64)."""
     shifted_Vx3 = sphere_Vx3 + c_3
     return (1 - c_3 @ c_3) * shifted_Vx3 / np.sum(shifted_Vx3**2, axis=1, keepdims=True) + c_3
+
+
+def moebius_map(sphere_Vx3: np.ndarray, moved_Vx3: np.ndarray) -> np.ndarray:
+    """Λ, 4 x 4, float64: the Möbius map that takes points of the unit sphere to others (niso/geometry/moebius.py).
+
+    Λ (1, s) is a multiple of (1, t) for each point s and its image t: linear equations, of which Λ is the solution but for a
+    factor, which its determinant 1 and Λ₀₀ > 0 fix.
+
+    Raises:
+        UserError: there are not as many images as points, or no such map comes within 0.001 of each of them.
+    """
+    image_Vx3 = _known(moved_Vx3, sphere_Vx3)
+    lifted_Vx4 = np.concatenate([np.ones((len(sphere_Vx3), 1)), sphere_Vx3.astype(np.float64)], axis=1)
+    # t (Λ s)₀ − (Λ s)₁₂₃ = 0; among the unknowns, row by row, the first four are (Λ)₀.
+    outer_Vx3x4 = image_Vx3[:, :, None] * lifted_Vx4[:, None]
+    inner_Vx3x12 = (np.eye(3)[None, :, :, None] * lifted_Vx4[:, None, None]).reshape(-1, 3, 12)
+    equation_Nx16 = np.concatenate([outer_Vx3x4, -inner_Vx3x12], axis=2).reshape(-1, 16)
+    matrix_4x4 = np.linalg.eigh(equation_Nx16.T @ equation_Nx16)[1][:, 0].reshape(4, 4)
+    determinant = np.linalg.det(matrix_4x4)
+    matrix_4x4 *= np.sign(matrix_4x4[0, 0]) / max(abs(determinant), 1e-100) ** 0.25
+    error = np.abs(_unit((lifted_Vx4 @ matrix_4x4.T)[:, 1:]) - image_Vx3).max()
+    if not (determinant > 0 and error < _FITS):
+        raise UserError(
+            f"no Möbius map of the sphere takes the mesh's map to it ({error:.2g} off): are its vertices in the same order?"
+        )
+    return matrix_4x4
 
 
 def quality(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray, sphere_Vx3: np.ndarray) -> tuple[float, float, float]:

@@ -33,6 +33,12 @@ def find(root: pathlib.Path) -> dict[str, dict[str, str]]:
     return found
 
 
+def numbered(folder: pathlib.Path, root: pathlib.Path) -> list[str]:
+    """The meshes 0.ply, 1.ply, ... of one folder in the order of their numbers, as paths within root; others do not count."""
+    paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]
+    return [path.relative_to(root).as_posix() for path in sorted(paths, key=lambda path: (int(path.stem), path.name))]
+
+
 def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     """(vertex_Vx3 float64, face_Fx3) of a file, vertices in its order; larger polygons are split into triangles.
 

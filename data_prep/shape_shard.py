@@ -19,13 +19,15 @@ _LEVELS = np.iinfo(np.uint16).max
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-    """One mesh: its class, the class's number, its name, its file within the root, and that of its map where one is given."""
+    """One mesh: its class, the class's number, its name, its file within the root; where they are given that of its map to the
+    sphere, and those of this one under Möbius maps."""
 
     category: str
     label: int
     name: str
     file: str
     sphere: str | None
+    moved: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,12 +54,13 @@ def build(job: Job) -> record_folder.Part:
             report: dict[str, Any] = {"file": mesh.file, "class": mesh.category, "split": job.file.partition("-")[0]}
             try:
                 result = _mapped(pathlib.Path(job.root), mesh, report)
+                map_KxXxY = _moebius_maps(pathlib.Path(job.root), mesh, result.sphere_Vx3)
             except _UselessError as why:
                 left_out[why.kind] += 1
                 named.append(f"{mesh.file} ({why})")
                 report |= {"accepted": False, "reason": str(why)}
             else:
-                writer.write(records.encode(_record(mesh, result, job.size), schema))
+                writer.write(records.encode(_record(mesh, result, map_KxXxY, job.size), schema))
                 place = (job.file, writer.count - 1, 1)
                 sequences.append(records.Sequence(mesh.name, mesh.category, *place, round(result.distortion, 6)))
                 report |= {"accepted": True}
@@ -95,6 +98,18 @@ def _mapped(root: pathlib.Path, mesh: Mesh, report: dict[str, Any]) -> conformal
     return result
 
 
+def _moebius_maps(root: pathlib.Path, mesh: Mesh, sphere_Vx3: np.ndarray) -> np.ndarray:
+    """map_KxXxY, 4 x 4, float32: the Möbius maps (niso/geometry/moebius.py) that take the mesh on the sphere to each moved one."""
+    found_KxXxY = np.empty((len(mesh.moved), 4, 4), np.float32)
+    for k, file in enumerate(mesh.moved):
+        moved_Vx3 = _read(root / file)[0]
+        try:
+            found_KxXxY[k] = conformal.moebius_map(sphere_Vx3, moved_Vx3)
+        except UserError as error:
+            raise _UselessError("meshes with a Möbius map that is none", f"{file}: {error}") from error
+    return found_KxXxY
+
+
 def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     try:
         return mesh_files.read(path)
@@ -105,7 +120,7 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         raise _UselessError("unreadable meshes", str(error)) from error
 
 
-def _record(mesh: Mesh, result: conformal.Conformal, size: int) -> records.Example:
+def _record(mesh: Mesh, result: conformal.Conformal, map_KxXxY: np.ndarray, size: int) -> records.Example:
     """What is stored of an accepted mesh."""
     point_HxWx3 = sphere_raster.grid(size)
     sampled = sphere_raster.interpolate(result.sphere_Vx3, result.face_Fx3, result.hks_VxT, point_HxWx3.reshape(-1, 3))
@@ -122,6 +137,7 @@ def _record(mesh: Mesh, result: conformal.Conformal, size: int) -> records.Examp
         "sphere_Vx3": result.sphere_Vx3.ravel(),
         "face_Fx3": result.face_Fx3.ravel(),
         "hks_VxC": result.hks_VxT.ravel(),
+        "map_KxXxY": map_KxXxY.ravel(),
         "class": mesh.category.encode(),
         "name": mesh.name.encode(),
         **{name: np.float64(getattr(result, name)) for name in ("flipped", "distortion", "lost")},

@@ -7,7 +7,9 @@ a line for every mesh. Classes are numbered in the order of their names. The uni
 run that was killed continues with the shards that are not finished.
 
 With --layout cshrec11 the folder is the published data set: base/<class>/<mesh>.ply are the meshes, base_sphere/<class>/<mesh>.ply
-their maps to the sphere, vertex by vertex. Its other two folders hold random Möbius maps of these, which training makes itself.
+their maps to the sphere, vertex by vertex, and mobius_sphere/<class>/<mesh>/0.ply and so on these under random Möbius maps, which
+are recognised and stored as such, 64 bytes each, to be trained and tested on instead of maps that niso draws
+(--config.data.stored_maps=30). The folder mobius is not needed: it has no more than base.
 """
 
 import argparse
@@ -32,6 +34,7 @@ TRAIN, TEST = 10, 4
 _SIZE = 192
 _MESHES_PER_SHARD = 5
 _MOMENTS = ("mean_C", "square_C")
+MOVED = "mobius_sphere"  # folder of the published data set
 
 Splits = dict[str, list[shape_shard.Mesh]]
 
@@ -52,8 +55,9 @@ def prepare(
 ) -> records.Manifest:
     """Makes what is missing of the records of a folder of meshes; returns their manifest.
 
-    Its facts are "classes", names in the order of their numbers, and the "mean" and "std" of the signature's channels by the
-    sphere's area, over the training meshes: those of the pixels of their randomly turned pictures.
+    Its facts are "classes", names in the order of their numbers, "maps", how many Möbius maps came with each mesh, and the "mean"
+    and "std" of the signature's channels by the sphere's area, over the training meshes: those of the pixels of their randomly
+    turned pictures.
 
     Args:
         root: the folder of classes, or that of the published data set.
@@ -83,8 +87,10 @@ def prepare(
     root, out = pathlib.Path(root), pathlib.Path(out)
     meshes = find(root, layout, exclude)
     splits = choose(meshes, train, test, split_seed)
-    mesh_files.require([file for of_split in splits.values() for mesh in of_split for file in (mesh.file, mesh.sphere) if file])
-    names = [mesh.file for of_split in splits.values() for mesh in of_split]
+    mesh_files.require(
+        [file for of_split in splits.values() for mesh in of_split for file in (mesh.file, mesh.sphere, *mesh.moved) if file]
+    )
+    names = [file for of_split in splits.values() for mesh in of_split for file in (mesh.file, *mesh.moved)]
     options = {
         "size": size,
         "layout": layout,
@@ -113,7 +119,7 @@ def prepare(
             print(line)
 
     manifest = target.make(shape_shard.build, jobs, summarise, workers, progress)
-    return manifest if manifest.facts else _with_facts(out, manifest, sorted(meshes), target.plan)
+    return manifest if manifest.facts else _with_facts(out, manifest, meshes, target.plan)
 
 
 def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict[str, list[shape_shard.Mesh]]:
@@ -122,11 +128,15 @@ def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict
     Raises:
         UserError: no such folder, no mesh, a mesh without its map, or a class to exclude that is not there.
     """
-    base, prefix, maps = root, "", {}
+    base, prefix, maps, moved = root, "", {}, {}
     if layout == "cshrec11":
         if missing := [name for name in ("base", "base_sphere") if not (root / name).is_dir()]:
             raise UserError(f"no folder {root / missing[0]}: set --root to the published data set, or leave out --layout")
         base, prefix, maps = root / "base", "base/", mesh_files.find(root / "base_sphere")
+        moved = {
+            path.relative_to(root / MOVED).as_posix(): tuple(f"{MOVED}/{file}" for file in mesh_files.numbered(path, root / MOVED))
+            for path in sorted(root.glob(f"{MOVED}/[!.]*/[!.]*/"))
+        }
     found = mesh_files.find(base)
     if unknown := sorted(set(exclude or ()) - set(found)):
         raise UserError(f"--exclude {unknown[0]}: there is no such class in {base}, only {', '.join(found)}")
@@ -140,9 +150,14 @@ def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict
             if maps and sphere is None:
                 raise UserError(f"{base / file} has no map in {root / 'base_sphere' / category}: add it, or take the mesh away")
             map_file = None if sphere is None else f"base_sphere/{sphere}"
-            meshes[category].append(shape_shard.Mesh(category, label, name, prefix + file, map_file))
+            moved_files = moved.get(f"{category}/{name}", ())
+            meshes[category].append(shape_shard.Mesh(category, label, name, prefix + file, map_file, moved_files))
     if not meshes:
         raise UserError(f"every class in {base} is excluded: name fewer with --exclude")
+    counts = {len(mesh.moved): mesh.file for of_class in meshes.values() for mesh in of_class}
+    if len(counts) > 1:
+        (fewest, of), most = min(counts.items()), max(counts)
+        raise UserError(f"{of} in {root} has {fewest} maps in {MOVED}, others {most}: give each as many, or take {MOVED} away")
     return meshes
 
 
@@ -196,7 +211,10 @@ def _reports(out: pathlib.Path, plan: dict[str, record_folder.Plan[shape_shard.M
 
 
 def _with_facts(
-    out: pathlib.Path, manifest: records.Manifest, classes: list[str], plan: dict[str, record_folder.Plan[shape_shard.Mesh]]
+    out: pathlib.Path,
+    manifest: records.Manifest,
+    meshes: dict[str, list[shape_shard.Mesh]],
+    plan: dict[str, record_folder.Plan[shape_shard.Mesh]],
 ) -> records.Manifest:
     """The manifest with its facts, written; and the report."""
     reports = "".join(f"{json.dumps(report)}\n" for report in _reports(out, plan))
@@ -208,7 +226,8 @@ def _with_facts(
     found = [reader.read(one.shard, range(one.start, one.start + one.length))[0] for one in reader.sequences]
     mean_C, square_C = (np.mean([np.asarray(example[name]) for example in found], axis=0) for name in _MOMENTS)
     std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
-    facts = {"classes": classes, "mean": mean_C.tolist(), "std": std_C.tolist()}
+    maps = len(next(iter(meshes.values()))[0].moved)
+    facts = {"classes": sorted(meshes), "maps": maps, "mean": mean_C.tolist(), "std": std_C.tolist()}
     whole = records.Manifest(**{**vars(manifest), "facts": facts})
     whole.write(out)
     return whole

@@ -1,17 +1,23 @@
 """data_prep.shapes on the layout of the published data set, and on the built-in twin."""
 
+import json
 import pathlib
+import shutil
 
+import jax
 import numpy as np
 import pytest
 
 from data_prep import conformal, shapes, surface, synthetic_shapes
-from niso.data import records
+from niso.data import pipeline, records
 from niso.geometry import moebius
+from niso.tasks import views
 from tests.prep_runs import contents
 from tests.shape_trees import POSES, SIZE, pebble, write_npz
+from tests.test_shapes_reader import data
 from tests.toy_records import message
 
+MAPS = 11  # so that names do not sort as numbers do
 PUBLISHED = {"bowl": "bowl", "egg": "egg", "lamp": "stone"}  # class -> what its meshes are
 
 
@@ -31,9 +37,9 @@ def published(tmp_path_factory) -> pathlib.Path:
             sphere = known_map(vertex, face)
             write_npz(root / "base" / category / f"T{n}.npz", vertex, face)
             write_npz(root / "base_sphere" / category / f"T{n}.npz", sphere, face)
-            for k in range(2):  # folders within folders: nothing reads them
-                moved = conformal.centred_inversion(sphere, np.array([0.1 * k, 0.3, 0]))
-                write_npz(root / "mobius_sphere" / category / f"T{n}" / f"{k}.npz", moved, face)
+            for k in range(MAPS):
+                moved = conformal.centred_inversion(sphere / 1.0001, np.array([0.1 * k, 0.3, 0]))
+                write_npz(root / "mobius_sphere" / category / f"T{n}" / f"{k}.npz", moved[:, [1, 2, 0]], face)  # ... and turned
                 write_npz(root / "mobius" / category / f"T{n}" / f"{k}.npz", vertex, face)
     return root
 
@@ -54,6 +60,11 @@ def test_the_published_layout(published, tmp_path):
         np.testing.assert_allclose(found, expected, atol=1e-6)
         np.testing.assert_array_equal(record["hks_VxC"], conformal.process(vertex, face).hks_VxT.ravel())
         assert record["distortion"] < 1.2 and record["flipped"] == 0
+        # The Möbius maps that come with it, in the order of their numbers: they take the stored points to those of their files.
+        for k, stored_4x4 in enumerate(record["map_KxXxY"].reshape(MAPS, 4, 4)):
+            with np.load(published / "mobius_sphere" / one.category / one.name / f"{k}.npz") as file:
+                np.testing.assert_allclose(moebius.apply(stored_4x4[None], found[None])[0], file["vertex_Vx3"], atol=1e-4)
+    assert manifest.facts["maps"] == MAPS
     kept = shapes.prepare(published, tmp_path / "all", size=SIZE, layout="cshrec11", train=2, test=1, exclude=[], progress=False)
     assert kept.facts["classes"] == ["bowl", "egg", "lamp"]
 
@@ -73,12 +84,57 @@ def test_maps_that_do_not_fit(published, tmp_path):
     assert mirrored.flipped == 1 and not conformal.accepted(mirrored)
 
 
-def test_the_published_moebius_maps_are_those_of_devices(published):
-    """So training makes what the folders that are not read hold."""
-    with np.load(published / "base_sphere" / "egg" / "T0.npz") as one, np.load(published / "mobius_sphere/egg/T0/1.npz") as other:
-        sphere, moved = one["vertex_Vx3"] / np.linalg.norm(one["vertex_Vx3"], axis=1, keepdims=True), other["vertex_Vx3"]
-    c = np.array([[0.1, 0.3, 0]], np.float32)
-    np.testing.assert_allclose(moebius.apply(moebius.centred_inversion(c), sphere[None])[0], moved, atol=1e-3)
+def test_moebius_maps_are_recognised():
+    vertex, face = pebble("egg", 0)
+    sphere = conformal.flow(*surface.checked(vertex, face))[0]
+    for matrix_1x4x4 in moebius.random(jax.random.key(0), 3, 0.8)[:, None]:
+        moved = np.asarray(moebius.apply(matrix_1x4x4, sphere[None])[0])
+        np.testing.assert_allclose(conformal.moebius_map(sphere, moved), matrix_1x4x4[0], atol=1e-4)
+    for wrong in (moved[::-1], moved * [1, 1, -1], np.roll(sphere, 1, axis=0)):  # other vertices, a reflection, no map at all
+        assert "no Möbius map of the sphere takes" in message(lambda wrong=wrong: conformal.moebius_map(sphere, wrong))
+    assert "162 vertices, its map to the sphere 161" in message(lambda: conformal.moebius_map(sphere, moved[1:]))
+
+
+def test_moebius_maps_that_do_not_fit(published, tmp_path):
+    shutil.copytree(published, tmp_path / "copy")
+    lonely, wrong = (tmp_path / "copy/mobius_sphere/egg" / mesh for mesh in ("T0", "T1"))
+    shutil.copy(wrong / "1.npz", lonely / f"{MAPS}.npz")
+    line = message(lambda: shapes.find(tmp_path / "copy", "cshrec11", None))
+    assert f"has {MAPS} maps in mobius_sphere, others {MAPS + 1}" in line
+    (lonely / f"{MAPS}.npz").unlink()
+    with np.load(wrong / "0.npz") as arrays:
+        write_npz(wrong / "0.npz", arrays["vertex_Vx3"][::-1], arrays["face_Fx3"])
+    options = {"size": SIZE, "layout": "cshrec11", "train": 3, "test": 1, "progress": False}
+    manifest = shapes.prepare(tmp_path / "copy", tmp_path / "out", **options)
+    assert manifest.left_out == {"meshes with a Möbius map that is none": 1}
+    reports = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
+    (reason,) = (report["reason"] for report in reports if not report["accepted"])
+    assert reason.startswith("mobius_sphere/egg/T1/0.npz: no Möbius map") and "in the same order" in reason
+
+
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_stored_maps_are_trained_and_tested_on(in_memory, published, tmp_path):
+    options = {"size": SIZE, "layout": "cshrec11", "train": 2, "test": 1, "progress": False}
+    shapes.prepare(published, tmp_path, **options)
+    dataset = pipeline.open_dataset(data(str(tmp_path), stored_maps=5, test_copies=5, in_memory=in_memory))
+    batch = dataset.figure_batch(10)
+    assert {key: (value.shape, value.dtype) for key, value in batch.items()} == dataset.batch_shapes(10)
+    trained = views.training("moebius", batch, jax.random.key(0), (SIZE, 2 * SIZE), 2)
+    tested = views.held_out("moebius", batch, 0, (SIZE, 2 * SIZE), 2)
+    for n in range(10):
+        one = {name: values[n : n + 1] for name, values in batch.items()}
+        all_KxHxWxC = views.mapped(one, batch["map_BxKxXxY"][n : n + 1], (SIZE, 2 * SIZE))[0]
+        for view in (*trained[n], *tested[n]):
+            assert np.abs(all_KxHxWxC - view).max(axis=(1, 2, 3)).min() < 1e-5
+        np.testing.assert_allclose(tested[n, -1], all_KxHxWxC[batch["copy_B"][n]], atol=1e-5)
+    assert not np.allclose(trained, views.training("moebius", batch, jax.random.key(1), (SIZE, 2 * SIZE), 2), atol=0.01)
+
+    def told(count: int, root: str) -> str:
+        return message(lambda: pipeline.open_dataset(data(root, stored_maps=count)))
+
+    assert f"have {MAPS} Möbius maps of each mesh: set --config.data.stored_maps={MAPS}" in told(MAPS + 1, str(tmp_path))
+    shapes.prepare(published / "base", tmp_path / "plain", size=SIZE, train=2, test=1, progress=False)
+    assert "have 0 Möbius maps of each mesh: prepare the published data set" in told(1, str(tmp_path / "plain"))
 
 
 # ---- the twin --------------------------------------------------------------------------------------------------------

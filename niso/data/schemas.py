@@ -24,7 +24,8 @@ def surface(size: int) -> Schema:
 
     `signal_HxWxC` is the signature on the sphere's grid of `size` x 2 `size` points (niso/geometry/sphere.py): low_C + step_C
     times the stored number. mean_C and square_C are its moments by the sphere's area. The mesh itself, its axes run together:
-    vertices on the unit sphere, faces, the signature of every vertex; class, name and the quality of the map.
+    vertices on the unit sphere, faces, the signature of every vertex; 4 x 4 Möbius maps that came with it, where any did
+    (niso/geometry/moebius.py); class, name and the quality of the map.
     """
     return {
         "signal_HxWxC": Field("uint16", (size, 2 * size, SIGNATURE)),
@@ -36,6 +37,7 @@ def surface(size: int) -> Schema:
         "sphere_Vx3": Field("float32", None),
         "face_Fx3": Field("int32", None),
         "hks_VxC": Field("float32", None),
+        "map_KxXxY": Field("float32", None),
         "class": Field("bytes", None),
         "name": Field("bytes", None),
         "flipped": Field("float64", ()),

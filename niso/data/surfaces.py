@@ -12,6 +12,7 @@ at least 30 ms a view, sampling a stored grid 3 ms.
 
 import dataclasses
 import math
+import pathlib
 
 import numpy as np
 
@@ -25,6 +26,7 @@ from niso.errors import UserError
 CLIP = 2.5  # standard deviations that -1 and 1 stand for, as published
 _ROUNDING = 1e-6  # of a channel's mean
 _ENTRIES = ("signal_HxWxC", "low_C", "step_C", "label")
+_MAPS = "map_KxXxY"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,10 +36,12 @@ class Surfaces(Source["SurfaceDataset"]):
     Attributes:
         test_copies: How often each test mesh is evaluated; for tasks that map each copy in another way.
         in_memory: Read all signals once at the start, 2 bytes for each point and channel, instead of those of every batch.
+        stored_maps: How many of the Möbius maps that came with each mesh tasks shall take, instead of drawing any; 0: none.
     """
 
     test_copies: int
     in_memory: bool
+    stored_maps: int = 0
 
     @property
     def example(self) -> str:
@@ -48,11 +52,13 @@ class Surfaces(Source["SurfaceDataset"]):
         """(shape, dtype) of every entry of a batch of that many examples."""
         numbers = {name: ((batch,), np.dtype(np.int32)) for name in ("label_B", "item_B", "copy_B")}
         scales = {name: ((batch, SIGNATURE), np.dtype(np.float32)) for name in ("low_BxC", "step_BxC")}
+        stored = {"map_BxKxXxY": ((batch, self.stored_maps, 4, 4), np.dtype(np.float32))} if self.stored_maps else {}
         return {
             "signal_BxHxWxC": ((batch, self.size, 2 * self.size, SIGNATURE), np.dtype(np.uint16)),
             "weight_B": ((batch,), np.dtype(np.float32)),
             **scales,
             **numbers,
+            **stored,
         }
 
     def open(self) -> "SurfaceDataset":
@@ -61,18 +67,30 @@ class Surfaces(Source["SurfaceDataset"]):
         Raises:
             UserError: as `find_records`; a value out of range; with in_memory, a damaged record.
         """
-        self.check(test_copies=1)
+        self.check(test_copies=1, stored_maps=0)
         if self.in_memory and self.workers:
             alternatives = "set --config.data.workers=0, or --config.data.in_memory=False"
             raise UserError(f"data.in_memory=True and data.workers={self.workers}: each would hold all signals; {alternatives}")
         row, root = find_records(self)
         schema = row.schema(self.size)
-        chosen = {name: schema[name] for name in _ENTRIES}
-        train, test = (Gallery.open(root, name, chosen, 1, self.in_memory, self.unreadable, "surface") for name in row.splits)
-        facts = train.reader.manifest.facts
-        if facts.keys() != {"classes", "mean", "std"}:
+        facts = records.Manifest.read(root).facts
+        if not facts.keys() >= {"classes", "mean", "std"}:
             raise UserError(f"the manifest of {root} lacks the signature's mean and deviation: run `{row.command} {root}` again")
+        chosen = {name: schema[name] for name in _ENTRIES}
+        if self.stored_maps:
+            chosen[_MAPS] = dataclasses.replace(schema[_MAPS], shape=(self._check_maps(facts.get("maps", 0), root), 4, 4))
+        train, test = (Gallery.open(root, name, chosen, 1, self.in_memory, self.unreadable, "surface") for name in row.splits)
         return SurfaceDataset(self, train, test, tuple(facts["classes"]), Scale.of(facts["mean"], facts["std"]))
+
+    def _check_maps(self, there: int, root: pathlib.Path) -> int:
+        """How many maps each mesh has; UserError where these are too few."""
+        if self.stored_maps > there:
+            remedy = f"set --config.data.stored_maps={there}" if there else "prepare the published data set (--layout cshrec11)"
+            raise UserError(
+                f"data.stored_maps={self.stored_maps}, the records in {root} have {there} Möbius maps of each mesh: {remedy}, "
+                "or draw maps with --config.data.stored_maps=0"
+            )
+        return there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,6 +119,7 @@ class Meshes:
 
     scale: Scale
     gallery: Gallery
+    stored_maps: int
 
     @property
     def reading(self) -> Reading:
@@ -126,6 +145,8 @@ class Meshes:
             "copy_B": copy_B.astype(np.int32),
             "weight_B": weight_B.astype(np.float32),
         }
+        if self.stored_maps:
+            batch["map_BxKxXxY"] = found[_MAPS][:, : self.stored_maps]
         return batch, found[TAKEN] != item_B
 
 
@@ -135,7 +156,8 @@ class SurfaceDataset(Examples):
     A batch is {"signal_BxHxWxC": uint16, H = data.size rows and W = 2 H columns; "low_BxC", "step_BxC": float32, so that
     clip(low + step signal, -1, 1) is the signature, standardised over the training meshes, 1 for 2.5 deviations; "label_B",
     "item_B", "copy_B": int32, the class, the mesh's number in its split and the number of the copy; "weight_B": float32, 1 or
-    0 for padding}. The maps that sample a signal are linear in it: scale and clip afterwards.
+    0 for padding; with `stored_maps` also "map_BxKxXxY": float32, 4 x 4 each}. The maps that sample a signal are linear in it:
+    scale and clip afterwards.
     `classes` are the labels' names.
     """
 
@@ -144,7 +166,7 @@ class SurfaceDataset(Examples):
     def __init__(self, data: Surfaces, train: Gallery, test: Gallery, classes: tuple[str, ...], scale: Scale):
         item_ExC = np.arange(test.size)[:, None] + test.size * np.arange(data.test_copies)
         self.classes = classes
-        self._train, self._test = Meshes(scale, train), Meshes(scale, test)
+        self._train, self._test = (Meshes(scale, split, data.stored_maps) for split in (train, test))
         evaluated = item_ExC.reshape(-1, 1)  # the copies of a mesh follow each other
         super().__init__(data, self._train, self._test, items=train.size, stack=1, listed=True, evaluated=evaluated)
 

@@ -21,12 +21,16 @@ SHIFT = 0.5
 def training(transformation: str, batch: Batch, key: Array, shape: tuple[int, int], views: int) -> Array:
     """Views of every training example, B x views x height x width x C, float32 in [−1, 1]: random functions of the key only.
 
-    "homography": `orbit` under one homography. "moebius": each under a Möbius map of its own.
+    "homography": `orbit` under one homography. "moebius": each under a Möbius map of its own, any one of those that came with the
+    surface where the batch has them (data.stored_maps).
 
     Raises:
       UserError: the dataset has examples of another kind, or images that do not fit.
     """
     if transformation == "moebius":
+        if "map_BxKxXxY" in batch:
+            number_BxT = jax.random.randint(key, (len(batch["weight_B"]), views), 0, batch["map_BxKxXxY"].shape[1])
+            return mapped(batch, _stored(batch, number_BxT), shape)
         map_QxXxY = moebius.random(key, len(batch["weight_B"]) * views, SHIFT)
         return mapped(batch, map_QxXxY.reshape(-1, views, 4, 4), shape)
     return orbit(images(batch), shape, training_coefficients(batch, key), views)
@@ -34,11 +38,21 @@ def training(transformation: str, batch: Batch, key: Array, shape: tuple[int, in
 
 def held_out(transformation: str, batch: Batch, seed: int, shape: tuple[int, int], views: int) -> Array:
     """`training` for the test set: functions of each example's number, the copy and the seed, whatever the batch, the step, the
-    replica or the device; the last view is the one that classifiers are tested on."""
+    replica or the device; the last view is the one that classifiers are tested on. Of maps that came with a surface copy n has
+    number n there."""
     if transformation == "moebius":
         key_B = rng.held_out(seed, "moebius", surfaces(batch)["item_B"], batch["copy_B"])
+        if "map_BxKxXxY" in batch:
+            count = batch["map_BxKxXxY"].shape[1]
+            number_BxT = jax.vmap(lambda key: jax.random.randint(key, (views,), 0, count))(key_B)
+            return mapped(batch, _stored(batch, number_BxT.at[:, -1].set(batch["copy_B"] % count)), shape)
         return mapped(batch, jax.vmap(lambda key: moebius.random(key, views, SHIFT))(key_B), shape)
     return orbit(images(batch), shape, held_out_coefficients(batch, seed), views)
+
+
+def _stored(batch: Batch, number_BxT: Array) -> Array:
+    """The maps with these numbers of those that came with each surface, B x T x 4 x 4."""
+    return jnp.take_along_axis(batch["map_BxKxXxY"], number_BxT[:, :, None, None], axis=1)
 
 
 def unmapped(batch: Batch, shape: tuple[int, int]) -> Array:
