@@ -36,6 +36,7 @@ def data(root: str, **changes) -> surfaces.Surfaces:
         size=SIZE,
         test_copies=1,
         in_memory=False,
+        stored_maps=0,
         threads=2,
         prefetch=4,
         workers=0,

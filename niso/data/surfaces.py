@@ -41,7 +41,7 @@ class Surfaces(Source["SurfaceDataset"]):
 
     test_copies: int
     in_memory: bool
-    stored_maps: int = 0
+    stored_maps: int
 
     @property
     def example(self) -> str:
