@@ -22,7 +22,8 @@ import numpy as np
 Arrays = dict[str, np.ndarray]
 COMPARED = 20  # updates
 DECAY = 0.9  # of Adam's first moments
-ROUNDINGS, NOISE = 256, 16  # times 2**-24 of the largest gradient: what sums in another order may do, and what noise does
+ROUNDINGS = 256  # times 2**-24 of a loss: what sums in another order may do to it
+JITTER = 16  # times 2**-24 of a parameter: how much each is changed, where it is asked what rounding does
 AVAILABLE = 8  # devices, over all processes
 SHARED = {
     "batch": 8,
@@ -62,12 +63,11 @@ class Deviation:
     """From one device, in units of bounds, so at most 1.
 
     Attributes:
-      gradients: Of the gradients of each of 20 updates, which begin with the bits of the run on one device: |Δ| over 256 · 2⁻²⁴ of
-        the largest gradient G anywhere, since sums taken in another order change a gradient by some multiple of 2⁻²⁴ of what is
-        summed. Reconstructions are compared by absolute values, whose derivative jumps: where a last bit turns the sign of a pixel
-        the gradient changes by some 1e-4 of G. So the largest but one of the 20 updates is meant.
+      gradients: Of the gradients of each of 20 updates, which begin with the bits of the run on one device: |Δ| over the largest
+        gradient anywhere, against what `JITTER` does to it. Reconstructions are compared by absolute values, whose derivative
+        jumps: a last bit that turns the sign of a pixel can be much. So the largest but one of the 20 updates is meant.
       losses: Of the losses of these updates: |Δ| over 256 · 2⁻²⁴ of the loss.
-      parameters: Of the parameters after 20 updates in which differences are fed back (`limit`).
+      parameters: Of the parameters after 20 updates in which differences are fed back, against what `JITTER` in each does.
       one_update_more: The same of the run on one device with one update more: beyond 1, or that bound says nothing.
     """
 
@@ -84,16 +84,6 @@ class Deviation:
         return f"{self.gradients:.3f} {self.losses:.3f} {self.parameters:.2f}"
 
 
-def limit(reference: Arrays, noisy: list[Arrays]) -> float:
-    """How far rounding can move the parameters in 20 updates (root mean square).
-
-    Differences grow from update to update, and jump where a pixel's sign turns; no formula says how far. So the run is repeated on
-    one device with noise of 16 · 2⁻²⁴ · G on every entry of every gradient. Both of two runs are that far from exact arithmetic,
-    hence twice as far from each other.
-    """
-    return 2 * max(apart(reference, one, "params.") for one in noisy)
-
-
 def apart(one: Arrays, other: Arrays, what: str, against: str | None = None) -> float:
     """Root mean square difference of what begins with those names, or of that and of what begins with others."""
     names = [name.removeprefix(what) for name in one if name.startswith(what)]
@@ -101,25 +91,34 @@ def apart(one: Arrays, other: Arrays, what: str, against: str | None = None) -> 
     return float(np.sqrt(np.mean(np.concatenate([d.ravel() for d in differences]) ** 2)))
 
 
-def deviation(ours: Arrays, reference: Arrays, noisy: list[Arrays]) -> Deviation:
+def gradients_apart(ours: Arrays, reference: Arrays) -> float:
+    """The largest difference of any gradient over the largest gradient, of the updates that begin with the same bits."""
+    names, found = [name.removeprefix("params.") for name in reference if name.startswith("params.")], []
+    for n in range(COMPARED):
+        before, ours_after, after = ([one[f"mu.{n + i}.{name}"].astype(float) for name in names] for one, i in
+                                     ((reference, 0), (ours, 1), (reference, 1)))  # fmt: skip
+        largest = max(float(np.abs(new - DECAY * old).max()) for new, old in zip(after, before, strict=True))
+        found.append(max(float(np.abs(a - b).max()) for a, b in zip(ours_after, after, strict=True)) / largest)
+    return sorted(found)[-2]
+
+
+def deviation(ours: Arrays, reference: Arrays, jittered: list[Arrays]) -> Deviation:
     """Of a run from the one on one device.
+
+    Differences grow from update to update, and jump where a pixel's sign turns; no formula says how far rounding goes. So the run
+    is repeated on one device with every parameter changed by up to 16 · 2⁻²⁴ of itself before each update. Both of two runs are
+    that far from exact arithmetic, hence twice as far from each other.
 
     Raises:
       AssertionError: frozen parameters have changed.
     """
     for name in (name for name in reference if name.startswith("frozen.")):
         assert np.array_equal(ours[name], reference[name]), name
-    names = [name.removeprefix("params.") for name in reference if name.startswith("params.")]
-    unit, gradients = ROUNDINGS * 2.0**-24, []
-    for n in range(COMPARED):
-        before, ours_after, after = ([one[f"mu.{n + i}.{name}"].astype(float) for name in names] for one, i in
-                                     ((reference, 0), (ours, 1), (reference, 1)))  # fmt: skip
-        largest = max(float(np.abs(new - DECAY * old).max()) for new, old in zip(after, before, strict=True))
-        gradients.append(max(float(np.abs(a - b).max()) for a, b in zip(ours_after, after, strict=True)) / (unit * largest))
-    losses = np.abs(ours["forced losses"] - reference["losses"]) / (unit * np.abs(reference["losses"]))
-    furthest = limit(reference, noisy)
+    losses = np.abs(ours["forced losses"] - reference["losses"]) / (ROUNDINGS * 2.0**-24 * np.abs(reference["losses"]))
+    steepest = 2 * max(gradients_apart(one, reference) for one in jittered)
+    furthest = 2 * max(apart(reference, one, "params.") for one in jittered)
     return Deviation(
-        sorted(gradients)[-2],
+        gradients_apart(ours, reference) / steepest,
         float(losses.max()),
         apart(ours, reference, "params.") / furthest,
         apart(reference, reference, "params.", "next.") / furthest,
@@ -138,20 +137,23 @@ def train(task: str, layout: str, folder: pathlib.Path) -> Arrays:
     from niso import metrics, sharding
     from niso.config import Experiment
     from niso.data.pipeline import open_dataset
+    from niso.step import Program
 
     config = importlib.import_module(f"configs.{task.partition(' ')[0]}").get_config("quick")
     config.update_from_flattened_dict(SHARED | TASKS[task])
     e = Experiment.from_config(config)
-    where, _, draw = layout.partition(" noise ")
+    where, _, draw = layout.partition(" jitter ")
+    random = np.random.default_rng(int(draw or 0))
     each, space = map(int, where.partition("x")[2].split("/"))
     per_process = len(jax.devices()) // jax.process_count()
     devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
     some = [device for number, device in enumerate(devices) if number % per_process < each]
     dataset = open_dataset(e.data)
     mesh = sharding.make_mesh(sharding.MeshShape(-1, space, False), some)
-    program = program_of(int(draw) if draw else None)(e, mesh, dataset.batch_shapes(e.batch))
+    program = Program(e, mesh, dataset.batch_shapes(e.batch))
     whole = jax.jit(lambda tree: tree, out_shardings=sharding.replicated(mesh))
     found: Arrays = {}
+    unit = JITTER * 2.0**-24
 
     def keep(what: str, arrays: dict[str, Any]) -> None:
         found.update({f"{what}.{name}": np.asarray(array) for name, array in whole(arrays).items()})
@@ -161,13 +163,22 @@ def train(task: str, layout: str, folder: pathlib.Path) -> Arrays:
         state, losses = program.init({}), []
         with program.replicas.train_batches(dataset.train_batches, e.batch, 0, updates) as batches:
             for n, batch in enumerate(batches):
-                state, window = program.train(begin(n, state), program.place(batch))
+                state, window = program.train(jittered(begin(n, state)), program.place(batch))
                 losses.append([values["loss"] for values in metrics.by_replica(window)])
         begin(updates, state)
         return np.array(losses[:COMPARED])
 
+    def jittered(state: Any) -> Any:
+        if not draw:
+            return state
+        changed = {
+            name: jax.device_put(np.asarray(a) * random.uniform(1 - unit, 1 + unit, a.shape).astype(np.float32), a.sharding)
+            for name, a in state.params.items()
+        }
+        return dataclasses.replace(state, params=changed)
+
     def free(n: int, state: Any) -> Any:
-        if where == ALONE:
+        if layout == ALONE:
             found.update({f"state.{n}.{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))})
             keep(f"mu.{n}", optax.tree_utils.tree_get(state.opt_state, "mu"))
         if n == COMPARED:
@@ -189,30 +200,10 @@ def train(task: str, layout: str, folder: pathlib.Path) -> Arrays:
         )
 
     found["losses"] = run(COMPARED + (layout == ALONE), free)
-    if where != ALONE:
+    if layout != ALONE:
         reference = read(folder, task, ALONE)
         found["forced losses"] = run(COMPARED, forced)
     return found
-
-
-def program_of(draw: int | None) -> type:
-    """niso's Program; or one whose gradients have noise, the `draw`-th."""
-    import jax
-    import jax.numpy as jnp
-
-    from niso.step import Program
-
-    class Noisy(Program):
-        def _gradients(self, *arguments: Any) -> Any:
-            gradients, measured = super()._gradients(*arguments)
-            size = NOISE * 2.0**-24 * jnp.max(jnp.stack([jnp.max(jnp.abs(g)) for g in gradients.values()]))
-            keys = jax.random.split(jax.random.fold_in(arguments[3], draw), len(gradients))
-            spread = {
-                name: jax.random.uniform(key, gradients[name].shape, minval=-1) for name, key in zip(gradients, keys, strict=True)
-            }
-            return {name: gradients[name] + size * spread[name] for name in gradients}, measured
-
-    return Program if draw is None else Noisy
 
 
 def measure(tasks: list[str], layouts: list[str], folder: pathlib.Path) -> None:
@@ -261,11 +252,11 @@ def read(folder: pathlib.Path, task: str, layout: str) -> Arrays:
 
 
 def compare(task: str, layouts: list[str], folder: pathlib.Path, draws: int = 2) -> list[Deviation]:
-    """A task's deviation on each layout, from so many draws of noise."""
-    noise = [f"{ALONE} noise {draw}" for draw in range(draws)]
-    measure([task], [ALONE, *noise, *layouts], folder)
-    reference, noisy = read(folder, task, ALONE), [read(folder, task, layout) for layout in noise]
-    return [deviation(read(folder, task, layout), reference, noisy) for layout in layouts]
+    """A task's deviation on each layout, from so many draws of jitter."""
+    jitter = [f"{ALONE} jitter {draw}" for draw in range(draws)]
+    measure([task], [ALONE, *jitter, *layouts], folder)
+    reference, jittered = read(folder, task, ALONE), [read(folder, task, layout) for layout in jitter]
+    return [deviation(read(folder, task, layout), reference, jittered) for layout in layouts]
 
 
 def main() -> int:
