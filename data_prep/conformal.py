@@ -28,7 +28,7 @@ MOST_FLIPPED, MOST_DISTORTED = 0.005, 1.5
 
 _STEP, _MOST_STEPS, _STILL = 0.1, 80, 1e-4  # of the flow, for a surface of area 1
 _CENTRED, _MOST_MOVES, _FARTHEST = 1e-12, 50, 0.8  # of the centring: |μ|, Newton's steps, |c| of one
-_FITS = 1e-3  # of the sphere's radius: 1/30 of a pixel of 96 x 192
+_FITS = 0.01  # of the sphere's radius: 0.3 pixels of 96 x 192
 _LOST = 1e-5  # longest edge on the sphere: 100 roundings of float32, 1/3,000 of a pixel of 96 x 192
 _MOST_RINGS, _RELAXATIONS = 8, 30  # of untangling
 _WORST = 100.0  # a face's ratio counts as at most this, or one face of no area would decide the mean
@@ -75,8 +75,8 @@ def process(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray, sphere_Vx3: np.ndarray
     hks_VxT = surface.heat_kernel_signature(*surface.eigenpairs(stiffness_VxV, mass_V))
     sphere_Vx3, iterations = flow(vertex_Vx3, face_Fx3) if sphere_Vx3 is None else (_known(sphere_Vx3, vertex_Vx3), 0)
     stored_Vx3 = centred(sphere_Vx3, mass_V).astype(np.float32)
-    if iterations:
-        stored_Vx3 = untangled(stored_Vx3, face_Fx3)
+    if iterations and (mended_Vx3 := untangled(stored_Vx3, face_Fx3)) is not stored_Vx3:
+        stored_Vx3 = centred(_unit(mended_Vx3.astype(np.float64)), mass_V).astype(np.float32)
     flipped, distortion, lost = quality(vertex_Vx3, face_Fx3, stored_Vx3)
     seconds = time.perf_counter() - began
     return Conformal(stored_Vx3, face_Fx3, hks_VxT.astype(np.float32), flipped, distortion, lost, iterations, seconds)
@@ -84,7 +84,7 @@ def process(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray, sphere_Vx3: np.ndarray
 
 def accepted(result: Conformal) -> bool:
     """Whether the map is good enough to be a datum: mean quasi-conformal ratio below 1.5, no face flipped; in a map that was given,
-    which cannot be mended, less than 0.5 % of the faces."""
+    which is left as it is, since maps may have been given with it, less than 0.5 % of the faces."""
     unflipped = result.flipped == 0 if result.iterations else result.flipped < MOST_FLIPPED
     return unflipped and result.distortion < MOST_DISTORTED
 
@@ -152,21 +152,24 @@ def untangled(sphere_Vx3: np.ndarray, face_Fx3: np.ndarray) -> np.ndarray:
     They go to the mean of their neighbours, as in Tutte's embedding, which has no flipped face inside a convex outline; each round
     takes one ring of vertices more. What the flow flips are slivers, a few in ten thousand faces. Lost faces may lie as they do.
     """
+    if not _flipped(sphere_Vx3, face_Fx3).any():
+        return sphere_Vx3
     edge_Nx2 = np.concatenate([face_Fx3[:, [i, (i + 1) % 3]] for i in range(3)])  # in a closed surface each once in each direction
     neighbour_VxV = sparse.csr_array((np.ones(len(edge_Nx2)), edge_Nx2.T), shape=(len(sphere_Vx3), len(sphere_Vx3)))
     moved_Vx3 = sphere_Vx3
     for rings in range(_MOST_RINGS):
         flipped_F = _flipped(moved_Vx3, face_Fx3)
-        if not flipped_F.any():
-            return moved_Vx3
         near_V = np.zeros(len(sphere_Vx3))
         near_V[face_Fx3[flipped_F]] = 1
         for _ in range(rings):
             near_V += neighbour_VxV @ near_V
         near_M, free_Vx3 = np.flatnonzero(near_V), moved_Vx3.astype(np.float64)
+        neighbour_MxV = neighbour_VxV[near_M]
         for _ in range(_RELAXATIONS):
-            free_Vx3[near_M] = _unit(neighbour_VxV[near_M] @ free_Vx3)
+            free_Vx3[near_M] = _unit(neighbour_MxV @ free_Vx3)
         moved_Vx3 = free_Vx3.astype(np.float32)
+        if not _flipped(moved_Vx3, face_Fx3).any():
+            return moved_Vx3
     return sphere_Vx3
 
 
@@ -176,14 +179,15 @@ def centred_inversion(sphere_Vx3: np.ndarray, c_3: np.ndarray) -> np.ndarray:
     return (1 - c_3 @ c_3) * shifted_Vx3 / np.sum(shifted_Vx3**2, axis=1, keepdims=True) + c_3
 
 
-def moebius_map(sphere_Vx3: np.ndarray, moved_Vx3: np.ndarray) -> np.ndarray:
-    """Λ, 4 x 4, float64: the Möbius map that takes points of the unit sphere to others (niso/geometry/moebius.py).
+def moebius_map(sphere_Vx3: np.ndarray, moved_Vx3: np.ndarray) -> tuple[np.ndarray, float]:
+    """(Λ, off): the Möbius map, 4 x 4, float64, that takes points of the unit sphere to others (niso/geometry/moebius.py), and how
+    far from these the points then are on average.
 
-    Λ (1, s) is a multiple of (1, t) for each point s and its image t: linear equations, of which Λ is the solution but for a
-    factor, which its determinant 1 and Λ₀₀ > 0 fix.
+    Λ (1, s) is a multiple of (1, t) for each point s and its image t: linear equations, which Λ solves best but for a factor; that
+    its determinant 1 and Λ₀₀ > 0 fix.
 
     Raises:
-        UserError: there are not as many images as points, or no such map comes within 0.001 of each of them.
+        UserError: there are not as many images as points, the map turns the sphere inside out, or it is 0.01 off or more.
     """
     image_Vx3 = _known(moved_Vx3, sphere_Vx3)
     lifted_Vx4 = np.concatenate([np.ones((len(sphere_Vx3), 1)), sphere_Vx3.astype(np.float64)], axis=1)
@@ -194,12 +198,14 @@ def moebius_map(sphere_Vx3: np.ndarray, moved_Vx3: np.ndarray) -> np.ndarray:
     matrix_4x4 = np.linalg.eigh(equation_Nx16.T @ equation_Nx16)[1][:, 0].reshape(4, 4)
     determinant = np.linalg.det(matrix_4x4)
     matrix_4x4 *= np.sign(matrix_4x4[0, 0]) / max(abs(determinant), 1e-100) ** 0.25
-    error = np.abs(_unit((lifted_Vx4 @ matrix_4x4.T)[:, 1:]) - image_Vx3).max()
-    if not (determinant > 0 and error < _FITS):
+    off = float(np.linalg.norm(_unit((lifted_Vx4 @ matrix_4x4.T)[:, 1:]) - image_Vx3, axis=1).mean())
+    if not off < _FITS:
         raise UserError(
-            f"no Möbius map of the sphere takes the mesh's map to it ({error:.2g} off): are its vertices in the same order?"
+            f"no Möbius map of the sphere comes near it ({off:.2g} off on average): are its vertices in the same order?"
         )
-    return matrix_4x4
+    if determinant <= 0:
+        raise UserError("it is a mirror image of the mesh's map to the sphere: turn it over")
+    return matrix_4x4, off
 
 
 def quality(vertex_Vx3: np.ndarray, face_Fx3: np.ndarray, sphere_Vx3: np.ndarray) -> tuple[float, float, float]:

@@ -34,9 +34,16 @@ def find(root: pathlib.Path) -> dict[str, dict[str, str]]:
 
 
 def numbered(folder: pathlib.Path, root: pathlib.Path) -> list[str]:
-    """The meshes 0.ply, 1.ply, ... of one folder in the order of their numbers, as paths within root; others do not count."""
+    """The meshes 0.ply, 1.ply, ... of one folder in the order of their numbers, as paths within root; others do not count.
+
+    Raises:
+        UserError: a number is missing, or there twice.
+    """
     paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.stem.isdecimal()]
-    return [path.relative_to(root).as_posix() for path in sorted(paths, key=lambda path: (int(path.stem), path.name))]
+    paths.sort(key=lambda path: (int(path.stem), path.name))
+    if [int(path.stem) for path in paths] != list(range(len(paths))):
+        raise UserError(f"the meshes in {folder} are not numbered 0 to {len(paths) - 1}, each once: restore what is missing")
+    return [path.relative_to(root).as_posix() for path in paths]
 
 
 def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:

@@ -54,7 +54,7 @@ def build(job: Job) -> record_folder.Part:
             report: dict[str, Any] = {"file": mesh.file, "class": mesh.category, "split": job.file.partition("-")[0]}
             try:
                 result = _mapped(pathlib.Path(job.root), mesh, report)
-                map_KxXxY = _moebius_maps(pathlib.Path(job.root), mesh, result.sphere_Vx3)
+                map_KxXxY = _moebius_maps(pathlib.Path(job.root), mesh, result.sphere_Vx3, report)
             except _UselessError as why:
                 left_out[why.kind] += 1
                 named.append(f"{mesh.file} ({why})")
@@ -93,20 +93,26 @@ def _mapped(root: pathlib.Path, mesh: Mesh, report: dict[str, Any]) -> conformal
     quality = {"flipped": result.flipped, "distortion": result.distortion, "lost": result.lost}
     report |= {name: round(min(value, 1e6), 6) for name, value in quality.items()} | {"iterations": result.iterations}
     if not conformal.accepted(result):
-        measured = f"{100 * result.flipped:.2f} % of its faces flipped, mean quasi-conformal ratio {result.distortion:.3g}"
+        count = round(result.flipped * len(face_Fx3))
+        measured = f"{count} of {len(face_Fx3):,} faces flipped, mean quasi-conformal ratio {result.distortion:.3g}"
         raise _UselessError("meshes whose map is not conformal", f"{measured}: give a finer or more even mesh")
     return result
 
 
-def _moebius_maps(root: pathlib.Path, mesh: Mesh, sphere_Vx3: np.ndarray) -> np.ndarray:
-    """map_KxXxY, 4 x 4, float32: the Möbius maps (niso/geometry/moebius.py) that take the mesh on the sphere to each moved one."""
-    found_KxXxY = np.empty((len(mesh.moved), 4, 4), np.float32)
+def _moebius_maps(root: pathlib.Path, mesh: Mesh, sphere_Vx3: np.ndarray, report: dict[str, Any]) -> np.ndarray:
+    """map_KxXxY, 4 x 4, float32: the Möbius maps (niso/geometry/moebius.py) that take the mesh on the sphere to each moved one;
+    adds to the report how far off the worst is."""
+    found_KxXxY, worst = np.empty((len(mesh.moved), 4, 4), np.float32), 0.0
     for k, file in enumerate(mesh.moved):
         moved_Vx3 = _read(root / file)[0]
         try:
-            found_KxXxY[k] = conformal.moebius_map(sphere_Vx3, moved_Vx3)
+            found_KxXxY[k], off = conformal.moebius_map(sphere_Vx3, moved_Vx3)
         except UserError as error:
-            raise _UselessError("meshes with a Möbius map that is none", f"{file}: {error}") from error
+            why = f"{file}: {error}; --without_maps does not look at them"
+            raise _UselessError("meshes with a Möbius map that is none", why) from error
+        worst = max(worst, off)
+    if mesh.moved:
+        report["maps_off"] = round(worst, 6)
     return found_KxXxY
 
 

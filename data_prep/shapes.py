@@ -9,7 +9,8 @@ run that was killed continues with the shards that are not finished.
 With --layout cshrec11 the folder is the published data set: base/<class>/<mesh>.ply are the meshes, base_sphere/<class>/<mesh>.ply
 their maps to the sphere, vertex by vertex, and mobius_sphere/<class>/<mesh>/0.ply and so on these under random Möbius maps, which
 are recognised and stored as such, 64 bytes each, to be trained and tested on instead of maps that niso draws
-(--config.data.stored_maps=30). The folder mobius is not needed: it has no more than base.
+(--config.data.stored_maps=30); `maps_off` in the report says how well that goes, --without_maps leaves them alone. Tried on a
+synthetic folder in this layout; the published files were not at hand. The folder mobius is not read.
 """
 
 import argparse
@@ -49,6 +50,7 @@ def prepare(
     test: int = TEST,
     split_seed: int = 0,
     exclude: Sequence[str] | None = None,
+    without_maps: bool = False,
     workers: int = 1,
     shards: int | None = None,
     progress: bool = True,
@@ -68,6 +70,7 @@ def prepare(
         test: those that are test data; what remains is not used.
         split_seed: of that choice.
         exclude: classes to leave out; by default none, or of the published data set LEFT_OUT.
+        without_maps: do not look at the Möbius maps of the published data set.
         workers: processes; one means this one.
         shards: files per split, at most one per mesh; by default one per 5 meshes, at most 1024.
         progress: print progress (stderr) and the summary (stdout).
@@ -85,7 +88,7 @@ def prepare(
         ("split_seed", split_seed, split_seed >= 0, "at least 0"),
     )
     root, out = pathlib.Path(root), pathlib.Path(out)
-    meshes = find(root, layout, exclude)
+    meshes = find(root, layout, exclude, without_maps)
     splits = choose(meshes, train, test, split_seed)
     mesh_files.require(
         [file for of_split in splits.values() for mesh in of_split for file in (mesh.file, mesh.sphere, *mesh.moved) if file]
@@ -106,7 +109,7 @@ def prepare(
         options,
         {split: record_folder.deal(split, of_split, shards, _MESHES_PER_SHARD) for split, of_split in splits.items()},
         units="meshes",
-        changed=f"{root} has other meshes than then, or others are excluded",
+        changed=f"{root} has other meshes or Möbius maps than then, or others are excluded",
         empty="no usable mesh in split {split} (left out: {reasons}): are these closed surfaces of genus 0?",
     )
 
@@ -122,11 +125,14 @@ def prepare(
     return manifest if manifest.facts else _with_facts(out, manifest, meshes, target.plan)
 
 
-def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict[str, list[shape_shard.Mesh]]:
+def find(
+    root: pathlib.Path, layout: str, exclude: Sequence[str] | None, without_maps: bool = False
+) -> dict[str, list[shape_shard.Mesh]]:
     """Class -> its meshes, both sorted by name, without the excluded classes.
 
     Raises:
-        UserError: no such folder, no mesh, a mesh without its map, or a class to exclude that is not there.
+        UserError: no such folder, no mesh, a mesh without its map, meshes with different numbers of Möbius maps, or a class to
+            exclude that is not there.
     """
     base, prefix, maps, moved = root, "", {}, {}
     if layout == "cshrec11":
@@ -136,6 +142,7 @@ def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict
         moved = {
             path.relative_to(root / MOVED).as_posix(): tuple(f"{MOVED}/{file}" for file in mesh_files.numbered(path, root / MOVED))
             for path in sorted(root.glob(f"{MOVED}/[!.]*/[!.]*/"))
+            if not without_maps
         }
     found = mesh_files.find(base)
     if unknown := sorted(set(exclude or ()) - set(found)):
@@ -155,9 +162,11 @@ def find(root: pathlib.Path, layout: str, exclude: Sequence[str] | None) -> dict
     if not meshes:
         raise UserError(f"every class in {base} is excluded: name fewer with --exclude")
     counts = {len(mesh.moved): mesh.file for of_class in meshes.values() for mesh in of_class}
+    if moved and max(counts) == 0:
+        raise UserError(f"{root / MOVED} has no mesh of those in {base} ({MOVED}/CLASS/MESH/0.ply, ...): set --without_maps")
     if len(counts) > 1:
         (fewest, of), most = min(counts.items()), max(counts)
-        raise UserError(f"{of} in {root} has {fewest} maps in {MOVED}, others {most}: give each as many, or take {MOVED} away")
+        raise UserError(f"{of} in {root} has {fewest} maps in {MOVED}, others {most}: give each as many, or set --without_maps")
     return meshes
 
 
@@ -201,6 +210,10 @@ def summary(reports: shape_shard.Reports, kept: record_folder.Kept) -> list[str]
         lines.append(
             f"quasi-conformal ratio: mean {ratio_N.mean():.3f}, below 1.3 for {even:.0f} %; flipped faces: {flipped:.3g} %"
         )
+        if any("maps_off" in report for report in good):
+            lines.append(
+                f"Möbius maps of each mesh found; the worst is {max(report['maps_off'] for report in good):.2g} off on average"
+            )
     return lines
 
 
@@ -244,6 +257,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--test", type=int, default=TEST, help=f"test meshes of every class ({TEST})")
     parser.add_argument("--split_seed", type=int, default=0, help="of the choice of these (0)")
     parser.add_argument("--exclude", nargs="*", help=f"classes to leave out (none; of cshrec11 {' '.join(LEFT_OUT)})")
+    parser.add_argument("--without_maps", action="store_true", help="of cshrec11: do not look at mobius_sphere")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     parser.add_argument("--shards", type=int, help=f"files per split (one per {_MESHES_PER_SHARD} meshes, at most 1024)")
     return record_folder.command_line(prepare, parser, argv)

@@ -33,7 +33,7 @@ class Checkpoints:
     """The checkpoints of one run, in `workdir`/checkpoints.
 
     Args:
-      for_good: SIGTERM is not given back by `close`: for a program that has nothing left to do then but to end as it was about to.
+      for_good: From `close` on SIGTERM is ignored: for a program that has nothing left to do then but to end as it was about to.
 
     Raises:
       UserError: the folder cannot be written.
@@ -54,7 +54,7 @@ class Checkpoints:
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
-            self._previous_handler = None if for_good else previous
+            self._previous_handler = signal.SIG_IGN if for_good else previous
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none: what process 0 sees is so for all, who have to ask together."""

@@ -32,8 +32,9 @@ def join(
 ) -> contextlib.AbstractContextManager[Peers | None]:
     """Meets the other processes of the run, if there are any: those that flags name, else those that the environment tells of.
 
-    Returns what watches them, until its `with` block ends. A process that is missing, or is gone later, ends the program with
-    exit code 1, not 2: starting again may help.
+    Returns what watches them, until its `with` block ends; None inside that where there are none. A process that is missing, or is
+    gone later, ends the program with exit code 1, not 2: starting again may help. After an orderly end of the block the program
+    ends with the `exit_code` of what watches, whatever it does then.
 
     Raises:
       UserError: flags or variables that do not fit together.

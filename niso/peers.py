@@ -2,10 +2,12 @@
 
 Else they would hang in the next sum over all devices, until jax's own watch ends them with a stack trace. The links by which
 the processes met stay open, from process 0 to each other one: the kernel closes those of a process that dies, and gives up
-those to a machine that does not answer. Process 0 tells the others what it sees, and leaves last: jax's own service is its.
+those to a machine that does not answer. Process 0 tells the others what it sees, and that all have ended; none leaves before that,
+since jax's own service ends all that are there when it misses one. That service is process 0's, which leaves last.
 """
 
 import contextlib
+import math
 import multiprocessing
 import os
 import selectors
@@ -13,12 +15,12 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from niso.errors import UserError
 
 ORDERLY, AGAIN = 0, 1  # how a process ends: as it should, or with the exit code after which launchers start again
-LAST = 60.0  # seconds that a process which ends as it should waits for the last of the others
 GRACE = 3.0  # seconds in which a process may find by itself what went wrong in another one
 # A machine that does not answer: asked after IDLE seconds of silence, then every second; jax gives up after 10 seconds.
 IDLE, PROBES = 3, 4
@@ -37,7 +39,8 @@ class Peers:
         self.links = {link: f"{name} (of unknown name)" for name, link in links.items()}  # those still open
         self.said: set[socket.socket] = set()  # ... of those who have said that they end
         self.code: int | None = None  # how this process has said that it ends
-        self.exit_code = ORDERLY  # with which it ends where that is ORDERLY
+        self.exit_code = ORDERLY  # with which it ends where that is ORDERLY, whatever the program does after that
+        self.over = False  # whether process 0 has said that all have ended
         self.lock, self.ending = threading.Lock(), threading.Event()
         for link in self.links:
             _keep_alive(link)
@@ -55,16 +58,25 @@ class Peers:
         self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
 
     def leave(self) -> None:
-        """Ends the program, once the others end too. For atexit.
+        """Ends the program: with `exit_code` once all others have come to an orderly end, too, or are gone; after an error at once.
+        For atexit.
 
         Without jax's own end: that would wait for the others to come to the same one, and, where the machine was being taken away
         after the last step, for one more step to agree on.
         """
         self._say_end(AGAIN)
         orderly = self.code == ORDERLY
-        self._wait(LAST if orderly else GRACE + 2)
-        sys.stdout.flush()
-        sys.stderr.flush()
+        if not orderly:
+            self._wait(lambda: set(self.links) <= (set() if self.first else self.said), GRACE + 2)
+        elif self.first:
+            self._wait(lambda: set(self.links) <= self.said)
+            self._tell("over")
+            self._wait(lambda: not self.links, GRACE)
+        else:
+            self._wait(lambda: self.over or not self.links)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
         _exit(self.exit_code if orderly else self.code or AGAIN)
 
     def _say_end(self, code: int) -> None:
@@ -74,10 +86,9 @@ class Peers:
                 self.ending.set()
                 self._tell(f"ended {code} {self.me}")
 
-    def _wait(self, seconds: float) -> None:
-        """Until the others are gone: process 0 for their links to close, the others for a word of process 0."""
+    def _wait(self, ready: Callable[[], bool], seconds: float = math.inf) -> None:
         deadline = time.monotonic() + seconds
-        while set(self.links) - (set() if self.first else self.said) and time.monotonic() < deadline:
+        while not ready() and time.monotonic() < deadline:
             time.sleep(0.01)
 
     def _watch(self) -> None:
@@ -102,8 +113,10 @@ class Peers:
                             self._hear(None, f"gone {name}")
 
     def _hear(self, link: socket.socket | None, line: str) -> None:
-        """What a peer says ("here NAME", "ended CODE NAME"), or process 0 of another one, or what an end without a word means."""
+        """What a peer says ("here NAME", "ended CODE NAME"), or process 0 of another one, or of all ("over"), or what an end
+        without a word means."""
         what, _, name = line.partition(" ")
+        self.over |= what == "over"
         if what == "here" and link is not None:
             self.links[link] = name
         elif what == "gone":

@@ -78,7 +78,7 @@ class Deviation:
 
     @property
     def largest(self) -> float:
-        return max(self.gradients, self.losses, self.parameters)
+        return float(np.max([self.gradients, self.losses, self.parameters]))  # not a number if one is not
 
     def __str__(self) -> str:
         return f"{self.gradients:.3f} {self.losses:.3f} {self.parameters:.2f}"
@@ -276,7 +276,7 @@ def main() -> int:
         for task in tasks:
             found = compare(task, layouts, pathlib.Path(folder))
             print(f"| {task} | {' | '.join(map(str, found))} | {found[0].one_update_more:.1f} |", flush=True)
-            largest = max(largest, *(one.largest for one in found))
+            largest = float(np.max([largest, *(one.largest for one in found)]))
     return 0 if largest <= 1 else 1
 
 

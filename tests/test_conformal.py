@@ -251,7 +251,7 @@ def test_quality_sees_flips_stretches_and_lost_faces() -> None:
     assert conformal.quality(vertex, face, pointlike)[1:] == (np.inf, 1)
 
 
-def test_flipped_faces_are_mended() -> None:
+def test_flipped_faces_are_mended(monkeypatch) -> None:
     vertex, face = surface.icosphere(4)
     sphere = vertex.astype(np.float32)
     folded = sphere.copy()
@@ -265,6 +265,10 @@ def test_flipped_faces_are_mended() -> None:
     moved = np.any(mended != folded, axis=1)
     assert 0 < moved.sum() < 100 and moved[1000]  # only what is around it
     assert np.array_equal(conformal.untangled(sphere, face), sphere)  # nothing to mend
+    monkeypatch.setattr(conformal, "flow", lambda vertex, face: (folded.astype(np.float64), 1))
+    whole = conformal.process(vertex, face)
+    assert conformal.accepted(whole)
+    assert np.abs(surface.vertex_areas(*surface.checked(vertex, face)) @ whole.sphere_Vx3.astype(np.float64)).max() < 1e-6
     hopeless = sphere * np.where(sphere[:, 2:] > 0, 1, np.float32([1, 1, -1]))  # the lower half folded onto the upper one
     assert np.array_equal(conformal.untangled(hopeless, face), hopeless)
 

@@ -89,27 +89,41 @@ def test_moebius_maps_are_recognised():
     sphere = conformal.flow(*surface.checked(vertex, face))[0]
     for matrix_1x4x4 in moebius.random(jax.random.key(0), 3, 0.8)[:, None]:
         moved = np.asarray(moebius.apply(matrix_1x4x4, sphere[None])[0])
-        np.testing.assert_allclose(conformal.moebius_map(sphere, moved), matrix_1x4x4[0], atol=1e-4)
-    for wrong in (moved[::-1], moved * [1, 1, -1], np.roll(sphere, 1, axis=0)):  # other vertices, a reflection, no map at all
-        assert "no Möbius map of the sphere takes" in message(lambda wrong=wrong: conformal.moebius_map(sphere, wrong))
+        found, off = conformal.moebius_map(sphere, moved)
+        np.testing.assert_allclose(found, matrix_1x4x4[0], atol=1e-4)
+        assert off < 1e-6
+        noise = np.random.default_rng(0).normal(scale=1e-3, size=moved.shape)
+        assert 1e-4 < conformal.moebius_map(sphere, moved + noise)[1] < 3e-3  # almost one
+    for wrong in (moved[::-1], np.roll(sphere, 1, axis=0)):
+        assert "vertices in the same order" in message(lambda wrong=wrong: conformal.moebius_map(sphere, wrong))
+    assert "mirror image" in message(lambda: conformal.moebius_map(sphere, moved * [1, 1, -1]))
     assert "162 vertices, its map to the sphere 161" in message(lambda: conformal.moebius_map(sphere, moved[1:]))
 
 
-def test_moebius_maps_that_do_not_fit(published, tmp_path):
+def test_moebius_maps_that_do_not_fit(published, tmp_path, capsys):
     shutil.copytree(published, tmp_path / "copy")
     lonely, wrong = (tmp_path / "copy/mobius_sphere/egg" / mesh for mesh in ("T0", "T1"))
     shutil.copy(wrong / "1.npz", lonely / f"{MAPS}.npz")
     line = message(lambda: shapes.find(tmp_path / "copy", "cshrec11", None))
     assert f"has {MAPS} maps in mobius_sphere, others {MAPS + 1}" in line
-    (lonely / f"{MAPS}.npz").unlink()
+    shutil.move(lonely / f"{MAPS}.npz", lonely / f"{MAPS + 1}.npz")
+    assert f"not numbered 0 to {MAPS}" in message(lambda: shapes.find(tmp_path / "copy", "cshrec11", None))
+    (lonely / f"{MAPS + 1}.npz").unlink()
     with np.load(wrong / "0.npz") as arrays:
         write_npz(wrong / "0.npz", arrays["vertex_Vx3"][::-1], arrays["face_Fx3"])
-    options = {"size": SIZE, "layout": "cshrec11", "train": 3, "test": 1, "progress": False}
+    options = {"size": SIZE, "layout": "cshrec11", "train": 3, "test": 1}
     manifest = shapes.prepare(tmp_path / "copy", tmp_path / "out", **options)
     assert manifest.left_out == {"meshes with a Möbius map that is none": 1}
     reports = [json.loads(line) for line in (tmp_path / "out/report.jsonl").read_text().splitlines()]
     (reason,) = (report["reason"] for report in reports if not report["accepted"])
-    assert reason.startswith("mobius_sphere/egg/T1/0.npz: no Möbius map") and "in the same order" in reason
+    assert reason.startswith("mobius_sphere/egg/T1/0.npz: no Möbius map") and "--without_maps" in reason
+    assert all(report["maps_off"] < 1e-3 for report in reports if report["accepted"])
+    assert "Möbius maps of each mesh found; the worst is" in capsys.readouterr().out
+    (tmp_path / "copy/mobius_sphere").rename(tmp_path / "kept")
+    (tmp_path / "copy/mobius_sphere/else/where").mkdir(parents=True)
+    assert "has no mesh of those in" in message(lambda: shapes.find(tmp_path / "copy", "cshrec11", None))
+    plain = shapes.prepare(tmp_path / "copy", tmp_path / "plain", **options, without_maps=True)
+    assert plain.left_out == {} and plain.facts["maps"] == 0
 
 
 @pytest.mark.parametrize("in_memory", [False, True])
@@ -127,14 +141,16 @@ def test_stored_maps_are_trained_and_tested_on(in_memory, published, tmp_path):
         for view in (*trained[n], *tested[n]):
             assert np.abs(all_KxHxWxC - view).max(axis=(1, 2, 3)).min() < 1e-5
         np.testing.assert_allclose(tested[n, -1], all_KxHxWxC[batch["copy_B"][n]], atol=1e-5)
+        assert not np.allclose(tested[n, 0], tested[n, 1], atol=1e-3)
     assert not np.allclose(trained, views.training("moebius", batch, jax.random.key(1), (SIZE, 2 * SIZE), 2), atol=0.01)
 
     def told(count: int, root: str) -> str:
-        return message(lambda: pipeline.open_dataset(data(root, stored_maps=count)))
+        return message(lambda: pipeline.open_dataset(data(root, stored_maps=count, test_copies=6)))
 
     assert f"have {MAPS} Möbius maps of each mesh: set --config.data.stored_maps={MAPS}" in told(MAPS + 1, str(tmp_path))
     shapes.prepare(published / "base", tmp_path / "plain", size=SIZE, train=2, test=1, progress=False)
-    assert "have 0 Möbius maps of each mesh: prepare the published data set" in told(1, str(tmp_path / "plain"))
+    assert "have 0 Möbius maps of each mesh: prepare those of a folder that has mobius_sphere" in told(1, str(tmp_path / "plain"))
+    assert "data.test_copies=6 and data.stored_maps=5" in told(5, str(tmp_path))
 
 
 # ---- the twin --------------------------------------------------------------------------------------------------------

@@ -158,18 +158,42 @@ with distributed.join(sys.argv[1], 2, int(sys.argv[2]), True):
 """
 
 
-@pytest.mark.parametrize("victim", [0, 1])
-def test_a_sum_over_all_devices_ends_when_a_process_is_killed(victim: int) -> None:
+# Three, the last of which comes to its end later than jax would wait for it.
+LATE = """
+import sys, time
+from niso import distributed
+with distributed.join(sys.argv[1], 3, int(sys.argv[2]), True) as peers:
+    from jax.experimental import multihost_utils
+    multihost_utils.sync_global_devices("all are there")
+    print("ready", flush=True)
+    time.sleep(15 * (sys.argv[2] == sys.argv[3]))
+    peers.exit_code = 42
+"""
+
+
+def of_jax(program: str, count: int, argument: int) -> list[subprocess.Popen]:
+    """That many processes of a program, with the address to meet at, each one's number, and the argument; they are ready."""
     address = f"127.0.0.1:{free_port()}"
-    two = [
+    started = [
         subprocess.Popen(
-            [sys.executable, "-c", SUM, address, str(i), str(victim)], cwd=runs.REPOSITORY, stdout=subprocess.PIPE,
+            [sys.executable, "-c", program, address, str(i), str(argument)], cwd=runs.REPOSITORY, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, text=True, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1"},
         )
-        for i in range(2)
+        for i in range(count)
     ]  # fmt: skip
-    for process in two:
+    for process in started:
         assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    return started
+
+
+@pytest.mark.slow
+def test_all_wait_for_the_last_to_end() -> None:
+    assert ends(of_jax(LATE, 3, 2), 40) == [(42, "")] * 3
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_sum_over_all_devices_ends_when_a_process_is_killed(victim: int) -> None:
+    two = of_jax(SUM, 2, victim)
     time.sleep(1)
     two[victim].send_signal(signal.SIGKILL)
     ((code, said),) = ends([two[1 - victim]])

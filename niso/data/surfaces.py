@@ -85,10 +85,16 @@ class Surfaces(Source["SurfaceDataset"]):
     def _check_maps(self, there: int, root: pathlib.Path) -> int:
         """How many maps each mesh has; UserError where these are too few."""
         if self.stored_maps > there:
-            remedy = f"set --config.data.stored_maps={there}" if there else "prepare the published data set (--layout cshrec11)"
+            again = "prepare those of a folder that has mobius_sphere (--layout cshrec11), into another --out"
+            remedy = f"set --config.data.stored_maps={there}" if there else again
             raise UserError(
                 f"data.stored_maps={self.stored_maps}, the records in {root} have {there} Möbius maps of each mesh: {remedy}, "
                 "or draw maps with --config.data.stored_maps=0"
+            )
+        if self.test_copies > self.stored_maps:
+            asked = f"data.test_copies={self.test_copies} and data.stored_maps={self.stored_maps}"
+            raise UserError(
+                f"{asked}: each copy is tested under a map of its own: set --config.data.test_copies={self.stored_maps}"
             )
         return there
 

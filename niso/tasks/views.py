@@ -39,13 +39,13 @@ def training(transformation: str, batch: Batch, key: Array, shape: tuple[int, in
 def held_out(transformation: str, batch: Batch, seed: int, shape: tuple[int, int], views: int) -> Array:
     """`training` for the test set: functions of each example's number, the copy and the seed, whatever the batch, the step, the
     replica or the device; the last view is the one that classifiers are tested on. Of maps that came with a surface copy n has
-    number n there."""
+    number n there, and the other view another one."""
     if transformation == "moebius":
         key_B = rng.held_out(seed, "moebius", surfaces(batch)["item_B"], batch["copy_B"])
         if "map_BxKxXxY" in batch:
             count = batch["map_BxKxXxY"].shape[1]
-            number_BxT = jax.vmap(lambda key: jax.random.randint(key, (views,), 0, count))(key_B)
-            return mapped(batch, _stored(batch, number_BxT.at[:, -1].set(batch["copy_B"] % count)), shape)
+            further_BxT = jax.vmap(lambda key: jax.random.randint(key, (views,), 1, max(count, 2)))(key_B).at[:, -1].set(0)
+            return mapped(batch, _stored(batch, (batch["copy_B"][:, None] + further_BxT) % count), shape)
         return mapped(batch, jax.vmap(lambda key: moebius.random(key, views, SHIFT))(key_B), shape)
     return orbit(images(batch), shape, held_out_coefficients(batch, seed), views)
 
