@@ -69,12 +69,14 @@ class Deviation:
       losses: Of the losses of these updates: |Δ| over 256 · 2⁻²⁴ of the loss.
       parameters: Of the parameters after 20 updates in which differences are fed back, against what `JITTER` in each does.
       one_update_more: The same of the run on one device with one update more: beyond 1, or that bound says nothing.
+      allowed: Of gradients, as a share of the largest: what 1 stands for.
     """
 
     gradients: float
     losses: float
     parameters: float
     one_update_more: float
+    allowed: float
 
     @property
     def largest(self) -> float:
@@ -122,6 +124,7 @@ def deviation(ours: Arrays, reference: Arrays, jittered: list[Arrays]) -> Deviat
         float(losses.max()),
         apart(ours, reference, "params.") / furthest,
         apart(reference, reference, "params.", "next.") / furthest,
+        steepest,
     )
 
 
@@ -271,11 +274,13 @@ def main() -> int:
         return 0
     tasks, layouts, largest = given.tasks.split(","), given.layouts.split(","), 0.0
     print("deviation of gradients, of losses, and of parameters after 20 updates, in units of what rounding can do\n")
-    print(f"| task | {' | '.join(layouts)} | one update more |\n|{' --- |' * (len(layouts) + 2)}", flush=True)
+    print(f"| task | {' | '.join(layouts)} | one update more | of a gradient |\n|{' --- |' * (len(layouts) + 3)}", flush=True)
     with tempfile.TemporaryDirectory(prefix="niso-equality-") as folder:
         for task in tasks:
             found = compare(task, layouts, pathlib.Path(folder))
-            print(f"| {task} | {' | '.join(map(str, found))} | {found[0].one_update_more:.1f} |", flush=True)
+            print(
+                f"| {task} | {' | '.join(map(str, found))} | {found[0].one_update_more:.1f} | {found[0].allowed:.0e} |", flush=True
+            )
             largest = float(np.max([largest, *(one.largest for one in found)]))
     return 0 if largest <= 1 else 1
 
