@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 
@@ -39,17 +40,20 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 def by_replica(metrics: Metrics) -> list[dict[str, float]]:
     """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
-    fetched = jax.device_get(metrics)
-    if all(mean.total.ndim == 0 for mean in fetched.values()):
-        return [_values(fetched)]
-    count = len(next(iter(fetched.values())).total)
-    return [_values({name: Mean(m.total[index], m.count[index]) for name, m in fetched.items()}) for index in range(count)]
+    found_NxPxR = np.asarray(_packed(metrics))  # one array: fetching each by itself took half of what a log point costs
+    found_NxPxR = found_NxPxR.reshape(*found_NxPxR.shape[:2], -1)
+    return [
+        values({name: Mean(*pair) for name, pair in zip(sorted(metrics), found_NxP, strict=True)})
+        for found_NxP in np.moveaxis(found_NxPxR, 2, 0)
+    ]
 
 
 def values(metrics: Metrics) -> dict[str, float]:
-    """Name -> mean, on the host; names that counted nothing (a frame skip that no pair has) are left out."""
-    return _values(jax.device_get(metrics))
+    """Name -> mean; names that counted nothing (a frame skip that no pair has) are left out."""
+    return {name: mean.value() for name, mean in sorted(metrics.items()) if float(mean.count)}
 
 
-def _values(fetched: Metrics) -> dict[str, float]:
-    return {name: mean.value() for name, mean in sorted(fetched.items()) if float(mean.count)}
+@jax.jit
+def _packed(metrics: Metrics) -> Array:
+    """Totals and counts in the order of their names, N x 2, or N x 2 x replicas."""
+    return jnp.stack([jnp.stack([mean.total, mean.count]) for _, mean in sorted(metrics.items())])

@@ -11,8 +11,10 @@ from tests.test_config import NAMES
 def assert_equal(task: str, layouts: list[str], folder: pathlib.Path, draws: int) -> None:
     found = dict(zip(layouts, equality.compare(task, layouts, folder, draws), strict=True))
     assert {layout: str(one) for layout, one in found.items() if not one.largest <= 1} == {}
-    # The bounds say something: a single update more, of twenty, is beyond them.
-    assert all(one.one_update_more > 1 for one in found.values()), found
+    # The bounds say something: a thousandth of a gradient is beyond that of gradients, and, but for autoencoders, where differences
+    # grow too fast by themselves, a single update more of twenty is beyond that of parameters.
+    assert all(one.allowed < 1e-3 for one in found.values()), found
+    assert "encode" in task or all(one.one_update_more > 1 for one in found.values()), found
 
 
 def test_every_experiment_is_compared() -> None:
