@@ -5,10 +5,12 @@ asynchronously under a temporary name and renamed when complete, so a kill at an
 disk has damaged one nevertheless, the run goes on from the one before.
 """
 
+import contextlib
 import json
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
@@ -26,6 +28,7 @@ from niso.errors import UserError
 from niso.step import Program, TrainState
 
 UNREADABLE = "unreadable_checkpoints"  # beside the folder of the others
+LONGEST = 20.0  # seconds for what is being written, where an error is on its way
 T = TypeVar("T")
 
 
@@ -100,17 +103,33 @@ class Checkpoints:
             return self.manager.reached_preemption(step)
         return self._terminated
 
-    def close(self) -> None:
-        """Waits for what is being written."""
+    def close(self, failed: bool = False) -> None:
+        """Waits for what is being written.
+
+        Args:
+          failed: the run ends by an error. Then one of several processes waits a while only: what it writes may in turn wait for
+            others, which know nothing of the error before this one has left.
+        """
         try:
-            self.manager.wait_until_finished()
-        except (OSError, ValueError) as error:
-            raise self._failed(error) from error
+            if failed and jax.process_count() > 1:
+                closing = threading.Thread(target=self._close_quietly, name="closing checkpoints", daemon=True)
+                closing.start()
+                closing.join(LONGEST)
+                return
+            try:
+                self.manager.wait_until_finished()
+            except (OSError, ValueError) as error:
+                raise self._failed(error) from error
+            finally:
+                self.manager.close()
         finally:
-            self.manager.close()
             if self._previous_handler is not None:
                 signal.signal(signal.SIGTERM, self._previous_handler)
                 self._previous_handler = None
+
+    def _close_quietly(self) -> None:
+        with contextlib.suppress(Exception):  # the error that is on its way says more
+            self.manager.close()
 
     def _steps(self) -> list[int]:
         """Steps of the checkpoints; in several processes those that the first one sees."""

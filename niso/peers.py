@@ -21,6 +21,7 @@ from types import TracebackType
 from niso.errors import UserError
 
 ORDERLY, AGAIN = 0, 1  # how a process ends: as it should, or with the exit code after which launchers start again
+LATE = 10.0  # seconds that the rest of the program has after an error
 GRACE = 3.0  # seconds in which a process may find by itself what went wrong in another one
 # A machine that does not answer: asked after IDLE seconds of silence, then every second; jax gives up after 10 seconds.
 IDLE, PROBES = 3, 4
@@ -56,6 +57,8 @@ class Peers:
             # (a UserError made of another error) may be a sum over all processes, on the way to a checkpoint, that never came.
             time.sleep(1)
         self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
+        if kind is not None:
+            threading.Thread(target=self._end_late, name="late end", daemon=True).start()
 
     def leave(self) -> None:
         """Ends the program: with `exit_code` once all others have come to an orderly end, too, or are gone; after an error at once.
@@ -78,6 +81,11 @@ class Peers:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         _exit(self.exit_code if orderly else self.code or AGAIN)
+
+    def _end_late(self) -> None:
+        """Ends the program where it does not by itself, as threads that wait for other processes would have it."""
+        time.sleep(LATE)
+        _exit(self.code or AGAIN)
 
     def _say_end(self, code: int) -> None:
         with self.lock:

@@ -30,7 +30,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False, *, f
     """
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, for_good=for_good)
     with contextlib.ExitStack() as stack:
-        stack.callback(checkpoints.close)
+        stack.push(lambda kind, *_: checkpoints.close(failed=kind is not None))
         checkpoints.check_config(experiment.resolved, accept_changes)
         primary = jax.process_index() == 0
         done = checkpoints.latest() or 0

@@ -124,6 +124,12 @@ def test_a_defect_in_one_is_told_by_it_alone() -> None:
     assert second[0] == 1 and second[1].endswith("ZeroDivisionError: division by zero\n")
 
 
+def test_a_mistake_ends_also_what_hangs_in_a_thread() -> None:
+    stuck = "import threading, niso.peers; niso.peers.LATE = 1; threading.Thread(target=time.sleep, args=(60,)).start()"
+    with members(SLEEP, f"{stuck}; time.sleep(0.3); raise UserError('no such file')") as both:
+        assert ends(both, WITHIN + peers.GRACE) == [(2, FAILED.format(1, 2, HOST)), (2, "no such file\n")]
+
+
 def test_an_orderly_end_accuses_nobody() -> None:
     with members("time.sleep(1)", "pass", "time.sleep(0.5)") as all_three:
         assert ends(all_three) == [(0, "")] * 3
