@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 
 
@@ -40,11 +39,11 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 def by_replica(metrics: Metrics) -> list[dict[str, float]]:
     """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
-    found_NxPxR = np.asarray(_packed(metrics))  # one array: fetching each by itself took half of what a log point costs
+    found_NxPxR = jax.device_get(_packed(metrics))  # one array: fetching each by itself took half of what a log point costs
     found_NxPxR = found_NxPxR.reshape(*found_NxPxR.shape[:2], -1)
     return [
         values({name: Mean(*pair) for name, pair in zip(sorted(metrics), found_NxP, strict=True)})
-        for found_NxP in np.moveaxis(found_NxPxR, 2, 0)
+        for found_NxP in found_NxPxR.transpose(2, 0, 1)
     ]
 
 

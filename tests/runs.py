@@ -215,8 +215,8 @@ def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
     if (name, value) == ("term", "end"):
         close = Checkpoints.close
 
-        def then(self: Checkpoints) -> None:
-            close(self)
+        def then(self: Checkpoints, failed: bool = False) -> None:
+            close(self, failed)
             os.kill(os.getpid(), signal.SIGTERM)
 
         Checkpoints.close = then  # type: ignore[method-assign]
