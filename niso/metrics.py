@@ -37,14 +37,36 @@ def add(a: Metrics, b: Metrics) -> Metrics:
     return {name: a[name] + b[name] for name in a}
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """Metrics on their way to the host, in one array: fetching each by itself took half of what a log point costs.
+
+    The copy begins behind what the devices have been given so far, and waits for nothing that they are given later.
+    """
+
+    names: tuple[str, ...]
+    sums_NxPxR: Array  # totals and counts in the order of their names; no axis of replicas where metrics have none
+
+    @staticmethod
+    def of(metrics: Metrics) -> "Reading":
+        """Begins to fetch."""
+        sums_NxPxR = _packed(metrics)
+        sums_NxPxR.copy_to_host_async()
+        return Reading(tuple(sorted(metrics)), sums_NxPxR)
+
+    def by_replica(self) -> list[dict[str, float]]:
+        """`values` of each replica, of the only one where metrics have no axis of replicas; waits until they are there."""
+        found_NxPxR = jax.device_get(self.sums_NxPxR)
+        found_NxPxR = found_NxPxR.reshape(*found_NxPxR.shape[:2], -1)
+        return [
+            values({name: Mean(*pair) for name, pair in zip(self.names, found_NxP, strict=True)})
+            for found_NxP in found_NxPxR.transpose(2, 0, 1)
+        ]
+
+
 def by_replica(metrics: Metrics) -> list[dict[str, float]]:
     """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
-    found_NxPxR = jax.device_get(_packed(metrics))  # one array: fetching each by itself took half of what a log point costs
-    found_NxPxR = found_NxPxR.reshape(*found_NxPxR.shape[:2], -1)
-    return [
-        values({name: Mean(*pair) for name, pair in zip(sorted(metrics), found_NxP, strict=True)})
-        for found_NxP in found_NxPxR.transpose(2, 0, 1)
-    ]
+    return Reading.of(metrics).by_replica()
 
 
 def values(metrics: Metrics) -> dict[str, float]:
