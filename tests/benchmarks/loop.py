@@ -6,10 +6,10 @@
 Three rows: `bare`, the compiled step alone, its batch placed, no more than two of them in flight; the loop with no log point, which
 adds all else of a real run: batches of one number from an iterator, the check for preemption, telemetry; and with a log point at
 every step: metrics, event file, metrics.jsonl, hours.jsonl and the terminal line (kept in memory here). The rows take turns. A
-row's figures are medians over windows of a hundred steps. On a busy machine others only ever add to the elapsed time, so the fastest
-window stands beside it, and the time that the loop's own thread was on a core (`thread_ms`), which others hardly change. With
---device_ms every step keeps one core busy that long, in the place of an accelerator: what the host does meanwhile on another core
-costs nothing. --profile lists the functions that take longest.
+row's figures are medians over windows of a hundred steps. On a busy machine others only ever add to the elapsed time, so the
+fastest window stands beside it, and the time that the loop's own thread was on a core (`thread_ms`), which others hardly change.
+With --device_ms every step keeps one core busy that long, in the place of an accelerator: what the host does meanwhile on another
+core costs nothing. --profile lists the functions that take longest.
 """
 
 import argparse
@@ -116,7 +116,7 @@ class Clocked:
 
 
 def experiment(steps: int, every: int, rounds: int) -> Experiment:
-    """The experiment of nothing: the published optimiser, one number a device, log points every so many steps, one checkpoint at the end."""
+    """The experiment of nothing: the published optimiser, log points every so many steps, one checkpoint at the end."""
     config = get_config("quick")
     config.update(experiment="nothing", steps=steps, batch=8)
     config.checkpoint.every = steps
