@@ -7,8 +7,8 @@ divided by its chips. GPUs: NVIDIA's "A100 Tensor Core GPU", "H100 Tensor Core G
 what they print for sparse matrices, and half of NVLink's total of both directions; `network`: the adapters of the "DGX A100",
 "DGX H100" and "DGX H200" data sheets, one to a GPU.
 
-The TPUs were compared with these pages on 2026-11-21 and 2026-11-22; the GPUs were not:
-check them before a figure rests on them.
+The TPUs were compared with these pages on 2026-11-21 and 2026-11-22; the GPUs' compute, memory and NVLink on 2026-11-22 with what
+others quote of the data sheets; their adapters with nothing: check these before a figure rests on them.
 """
 
 import dataclasses
