@@ -130,8 +130,9 @@ def optimizer_sharding(mesh: Mesh, params: dict[str, NamedSharding], opt_state: 
 def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     """`solve` on a batch of matrices, the batch split over all mesh axes.
 
-    A batch that the mesh does not divide (the few examples of a figure) is filled up with zero matrices, whose results are
-    dropped: without the split every device would solve all of it. Kept to the solve itself, with gradients taken outside:
+    A batch that the mesh does not divide (the few examples of a figure, fewer large frames than devices) is filled up with zero
+    matrices, whose results are dropped: without the split every device would solve all of it. Each part along `data` is filled up
+    by itself, so that none of its matrices moves to another. Kept to the solve itself, with gradients taken outside:
     inside a larger shard_map some combinations of replicated and split values are silently wrong by the size of an axis.
     Before and after, and for gradients too, the batch is held where examples are: the compiler would else carry the split over
     `space` on into the networks, where rows have that axis, and gather whole batches of activations between the two.
@@ -139,12 +140,18 @@ def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     examples = NamedSharding(mesh, PartitionSpec("data"))
     hold = (lambda x: jax.lax.with_sharding_constraint(x, examples)) if mesh.shape["space"] > 1 else lambda x: x
 
+    data, space = mesh.shape["data"], mesh.shape["space"]
+
     def split(x_BxRxK: Array, **options: Any) -> Array:
-        batch = x_BxRxK.shape[0]
-        filled_BxRxK = hold(jnp.pad(x_BxRxK, ((0, -batch % mesh.size), (0, 0), (0, 0))))
+        batch, *matrix = x_BxRxK.shape
+        part = -(-batch // data)
+        padding = ((0, data * part - batch), (0, 0), (0, 0)), ((0, 0), (0, -part % space), (0, 0), (0, 0))
+        parts_DxPxRxK = jnp.pad(jnp.pad(x_BxRxK, padding[0]).reshape(data, part, *matrix), padding[1])
+        size = parts_DxPxRxK.shape[1]
         spec = PartitionSpec(AXES)
         run = jax.shard_map(lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        return hold(run(filled_BxRxK))[:batch]
+        solved_FxRxK = hold(run(hold(parts_DxPxRxK.reshape(data * size, *matrix))))
+        return solved_FxRxK.reshape(data, size, *matrix)[:, :part].reshape(data * part, *matrix)[:batch]
 
     return split
 
