@@ -103,9 +103,19 @@ TPU = """HloModule jit__train, is_scheduled=true
   ROOT %all-gather.1 = bf16[8,8]{1,0:T(8,128)(2,1)} all-gather(%p), channel_id=4, replica_groups=[4,2]<=[8], dimensions={0}
 }
 
+%fused.2 (p: bf16[2,8]) -> bf16[4,8] {
+  ROOT %all-gather.2 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8], CARRIED
+}
+
+%fused.3 (p: bf16[2,8]) -> bf16[4,8] {
+  ROOT %all-gather.3 = bf16[4,8]{1,0:S(1)} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8], CARRIED
+}
+
 ENTRY %main.9_spmd (p0: f32[3,5], p1: bf16[4,8]) -> f32[3,5] {
   %both = (f32[3,5]{1,0:T(4,128)S(1)}, f32[]{:T(128)}) all-reduce(%p0, %c), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add.clone
   %f = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%p1), kind=kCustom, calls=%fused
+  %begun = bf16[4,8]{1,0} fusion(%p2), kind=kCustom, calls=%fused.2
+  %carried_on = bf16[4,8]{1,0:S(1)} fusion(%begun), kind=kCustom, calls=%fused.3
   %go = (f32[1,5]{1,0}, f32[1,5]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{2,3}}
   %done = f32[1,5]{1,0} collective-permute-done(%go)
   %named = f32[7]{0} all-reduce(%y), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}, to_apply=%add.clone
@@ -113,12 +123,12 @@ ENTRY %main.9_spmd (p0: f32[3,5], p1: bf16[4,8]) -> f32[3,5] {
   %odd = f32[2]{0} all-reduce(%y), channel_id=5, replica_groups={{0,3},{1,2,4}}, to_apply=%add.clone
   ROOT %all = f32[3,5]{1,0} all-reduce(%p0), channel_id=3, replica_groups={}, to_apply=%add.clone
 }
-"""
+""".replace("CARRIED", 'backend_config={"async_collective_fusion_config":{"flag_start":"2","flag_end":"8"}}')
 
 
 def test_collectives_as_tpu_compilers_write_them() -> None:
     assert cost.collectives(TPU, mesh_of(4, 2)) == [
-        Collective("all-gather", "space", 2, 128 + 36, 128, "bf16[8,8]"),
+        Collective("all-gather", "space", 3, 128 + 36 + 64, 128, "bf16[8,8]"),
         Collective("all-reduce", "?", 1, 8, 8, "f32[2]"),
         Collective("all-reduce", "data", 2, 64 + 28, 64, "f32[3,5]"),
         Collective("all-reduce", "data+space", 1, 60, 60, "f32[3,5]"),

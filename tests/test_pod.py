@@ -16,8 +16,8 @@ SCALARS = 200
 
 
 def compile_for_pod(what: str, data: int, space: int) -> dict:
-    """Of the `step` of pose_encode (two residual levels, rank 16) on v5e:4x4, of the `solve` or the `basis`: its exchanges, those
-    of its calls that are LAPACK's, and the bytes of its parameters."""
+    """Of the `step` of pose_encode (two residual levels, rank 16) on v5e:4x4, of the `solve`, of `few solves` or of the `basis`:
+    its exchanges, those of its calls that are LAPACK's, and the bytes of its parameters."""
     from niso import cost, dry_run, sharding, tree
     from niso.sharding import MeshShape
     from niso.step import Program
@@ -25,8 +25,8 @@ def compile_for_pod(what: str, data: int, space: int) -> dict:
 
     mesh = sharding.make_mesh(MeshShape(data, space, False), dry_run.pod("v5e:4x4"))
     parameters = basis = 0
-    if what == "solve":
-        lowered = test_sharding.solve_for(mesh, "auto")
+    if what in ("solve", "few solves"):
+        lowered = test_sharding.solve_for(mesh, "auto", count=data if what == "few solves" else None)
     elif what == "basis":
         lowered = test_sharding.basis_for(mesh)
     else:
@@ -49,6 +49,7 @@ def compile_for_pod(what: str, data: int, space: int) -> dict:
         ("step", 16, 1, {("all-reduce", "data")}),  # nothing is gathered around encodings, projections and solves
         ("solve", 16, 1, set()),
         ("solve", 4, 4, {("all-gather", "space")}),  # its own matrices, put together again
+        ("few solves", 4, 4, {("all-gather", "space")}),  # one to each part of data, though there are four devices in it
         ("basis", 1, 16, {("all-reduce", "space")}),  # K x K Gram matrices
     ],
 )

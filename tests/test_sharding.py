@@ -117,7 +117,7 @@ def test_the_basis_is_orthonormalised_on_sharded_rows() -> None:
 
 
 def solve_for(mesh: Mesh, method: str, count: int | None = None) -> jax.stages.Lowered:
-    """The solve of 16 x 16 matrices with its gradient, lowered for a mesh: two a device where they are solved, or `count` with examples."""
+    """The solve of 16 x 16 matrices with its gradient, lowered for a mesh: two to a device, or `count` where examples lie."""
     split = partial(sharding.sharded(polar_factor, mesh), method=method)
     place = NamedSharding(mesh, PartitionSpec(sharding.AXES if count is None else "data"))
     solve = jax.jit(jax.grad(lambda x: jnp.sum(split(x) ** 3)), in_shardings=place, out_shardings=place)
