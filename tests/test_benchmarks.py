@@ -115,12 +115,13 @@ def test_train_step_of_a_tiny_experiment(
 @pytest.mark.slow
 def test_the_loop_is_measured_without_and_with_log_points(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture) -> None:
     path = tmp_path / "loop.json"
-    assert loop.main(["--steps=300", "--turns=2", "--device_ms=1", f"--json={path}"]) == 0
-    rows = report(path)["rows"]
-    assert [(row["loop"], row["windows"]) for row in rows] == [("bare", 4), ("no log point", 2), ("log every step", 2)]
+    assert loop.main(["--steps=200", "--window=20", "--device_ms=1", f"--json={path}"]) == 0
+    *rows, added = report(path)["rows"]
+    assert [(row["loop"], row["windows"]) for row in rows] == [("bare", 7), ("no log point", 4), ("log every step", 3)]
     for row in rows:
         assert 0 < row["fastest_ms"] <= row["elapsed_ms"] and 0 < row["thread_ms"] <= row["elapsed_ms"]
-    assert len(capsys.readouterr().out.splitlines()) == 5
+    assert added["standard_error_ms"] > 0
+    assert len(capsys.readouterr().out.splitlines()) == 6
     with pytest.raises(SystemExit):
         loop.main(["--steps=250"])
 

@@ -1,15 +1,17 @@
 """What the loop itself costs: milliseconds per step of a task that does nothing.
 
   python -m tests.benchmarks.loop --steps 3000 --json loop.json
-  python -m tests.benchmarks.loop --steps 1000 --turns 5 --device_ms 50
+  python -m tests.benchmarks.loop --steps 3000 --window 10 --device_ms 50
 
-Three rows: `bare`, the compiled step alone, its batch placed, no more than two of them in flight; the loop with no log point, which
-adds all else of a real run: batches of one number from an iterator, the check for preemption, telemetry; and with a log point at
-every step: metrics, event file, metrics.jsonl, hours.jsonl and the terminal line (kept in memory here). The rows take turns. A
-row's figures are medians over windows of a hundred steps. On a busy machine others only ever add to the elapsed time, so the
-fastest window stands beside it, and the time that the loop's own thread was on a core (`thread_ms`), which others hardly change.
-With --device_ms every step keeps one core busy that long, in the place of an accelerator: what the host does meanwhile on another
-core costs nothing. --profile lists the functions that take longest.
+Three rows: `bare`, the compiled step alone, its batch placed, no more than two of them in flight; then of one run, window by
+window in turns, steps with no log point, which add all else of a real run: batches of one number from an iterator, the check
+for preemption, telemetry; and with one at every step: metrics, event file, metrics.jsonl, hours.jsonl and the terminal line
+(kept in memory here). A row's figures are medians over windows of so many steps. On a busy machine others only ever add to the
+elapsed time, so the fastest window stands beside it, and the time that the loop's own thread was on a core (`thread_ms`), which
+others hardly change. Below them: what log points add to the elapsed time, the median over their windows of the difference to
+the mean of the windows before and after, with its standard error. With --device_ms every step keeps one core busy that long, in
+the place of an accelerator: what the host does meanwhile on another core costs nothing. --profile lists the functions that take
+longest.
 """
 
 import argparse
@@ -41,7 +43,7 @@ from niso.tasks.base import Batch, Rules, Task
 from niso.telemetry import Telemetry
 from tests.benchmarks import timing
 
-WINDOW = 100
+LEAST = 5  # windows
 COLUMNS = {"loop": 14, "elapsed_ms": 10, "fastest_ms": 10, "thread_ms": 9, "windows": 7}
 
 
@@ -81,13 +83,20 @@ def rounds_of(milliseconds: float) -> int:
     return round(milliseconds / timing.median_ms({"busy": lambda: busy(jnp.zeros(4096), probe)}, 9)["busy"] * probe)
 
 
+class InTurns(int):
+    """A number of steps between log points, for the loop: one at every step in every second window, and none in the others."""
+
+    def __rmod__(self, step: int) -> int:
+        return 1 - (step - 1) // self % 2
+
+
 class Clocked:
-    """A dataset whose batches are always the same, and that looks at the clock whenever the loop has made WINDOW steps."""
+    """A dataset whose batches are always the same, and that looks at the clock whenever the loop has made `window` steps."""
 
     replaced = None
 
-    def __init__(self, batch: int):
-        self.batch = {"weight_B": np.ones(batch, np.float32)}
+    def __init__(self, batch: int, window: int):
+        self.window, self.batch = window, {"weight_B": np.ones(batch, np.float32)}
         self.times: list[tuple[float, float]] = []  # elapsed, of this thread
 
     @contextlib.contextmanager
@@ -97,7 +106,7 @@ class Clocked:
 
     def _count(self, steps: int) -> Iterator[dict[str, np.ndarray]]:
         for step in range(steps):
-            if step % WINDOW == 0:
+            if step % self.window == 0:
                 self.times.append((time.perf_counter(), time.thread_time()))
             yield self.batch
 
@@ -111,32 +120,32 @@ class Clocked:
         return self.batch
 
     def windows_ms(self) -> np.ndarray:
-        """Milliseconds per step, elapsed and of the loop's own thread, of every window but the first, in which files are opened."""
-        return 1e3 * np.diff(self.times[1:], axis=0) / WINDOW
+        """Milliseconds per step, elapsed and of the loop's own thread, of all windows but two, in which files are opened."""
+        return 1e3 * np.diff(self.times[2:], axis=0) / self.window
 
 
-def experiment(steps: int, every: int, rounds: int) -> Experiment:
-    """The experiment of nothing: the published optimiser, log points every so many steps, one checkpoint at the end."""
+def experiment(steps: int, window: int, rounds: int) -> Experiment:
+    """The experiment of nothing: the published optimiser, log points in every second window, one checkpoint at the end."""
     config = get_config("quick")
     config.update(experiment="nothing", steps=steps, batch=8)
     config.checkpoint.every = steps
-    config.log.update(every=every, evaluate_every=steps, figures_every=0)
+    config.log.update(evaluate_every=steps, figures_every=0)
     e = Experiment.from_config(config)
-    return dataclasses.replace(e, task=Nothing(trainable=".*", warm_start=(), rounds=rounds))
+    log = dataclasses.replace(e.log, every=InTurns(window))
+    return dataclasses.replace(e, log=log, task=Nothing(trainable=".*", warm_start=(), rounds=rounds))
 
 
-def measure(steps: int, every: int | None, rounds: int) -> np.ndarray:
-    """Milliseconds per step of the windows of a run in a folder of its own; of the step alone where `every` is None."""
-    e = experiment(steps, every or steps, rounds)
+def measure(e: Experiment, window: int, bare: bool) -> np.ndarray:
+    """Milliseconds per step of the windows of a run in a folder of its own, or of the step alone."""
     with tempfile.TemporaryDirectory() as workdir, contextlib.redirect_stdout(io.StringIO()), contextlib.ExitStack() as stack:
         checkpoints = Checkpoints(workdir, keep=1)
         stack.callback(checkpoints.close)
-        clocked = Clocked(e.batch)
+        clocked = Clocked(e.batch, window)
         dataset: Any = clocked
         program = Program(e, sharding.make_mesh(e.mesh), {"weight_B": ((e.batch,), np.dtype(np.float32))})
-        telemetry = stack.enter_context(Telemetry(workdir, steps=steps, batch=e.batch))
-        if every is None:
-            _bare(program, telemetry, clocked, steps)
+        telemetry = stack.enter_context(Telemetry(workdir, steps=e.steps, batch=e.batch))
+        if bare:
+            _bare(program, telemetry, clocked, e.steps)
         else:
             train.loop(program, dataset, checkpoints, Journal(program, dataset, telemetry, workdir), program.init({}))
     return clocked.windows_ms()
@@ -158,32 +167,34 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         "python -m tests.benchmarks.loop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--steps", type=timing.positive, default=3000, help="steps of a run, a multiple of 100, default 3000")
-    parser.add_argument("--turns", type=timing.positive, default=1, help="runs of each row, default 1")
+    parser.add_argument("--steps", type=timing.positive, default=3000, help="steps of a run, default 3000")
+    parser.add_argument("--window", type=timing.positive, default=100, help="steps of a window, default 100")
     parser.add_argument("--device_ms", type=float, default=0.0, help="milliseconds that a step takes on its device, default 0")
     parser.add_argument("--profile", action="store_true", help="list the functions that take longest when every step is logged")
     parser.add_argument("--json", type=timing.json_file, help="file that gets the rows as JSON")
     arguments = parser.parse_args(given)
-    if arguments.steps < 3 * WINDOW or arguments.steps % WINDOW:
-        parser.error(f"argument --steps: {arguments.steps} is not a multiple of {WINDOW}, {3 * WINDOW} or more")
+    steps, window = arguments.steps, arguments.window
+    if steps < (LEAST + 3) * window:
+        parser.error(f"argument --steps: {steps} is less than {LEAST + 3} windows of {window}")
     timing.print_surroundings()
     timing.print_line(list(COLUMNS), list(COLUMNS.values()))
-    rounds = rounds_of(arguments.device_ms) if arguments.device_ms else 0
-    loops = {"bare": None, "no log point": arguments.steps, "log every step": 1}
-    taken: dict[str, list[np.ndarray]] = {name: [] for name in loops}
-    for _ in range(arguments.turns):
-        for name, every in loops.items():
-            taken[name].append(measure(arguments.steps, every, rounds))
+    e = experiment(steps, window, rounds_of(arguments.device_ms) if arguments.device_ms else 0)
+    bare_Wx2, both_Wx2 = measure(e, window, bare=True), measure(e, window, bare=False)
+    taken = {"bare": bare_Wx2, "no log point": both_Wx2[::2], "log every step": both_Wx2[1::2]}
     rows = []
-    for name, runs in taken.items():
-        windows_Wx2 = np.concatenate(runs)
+    for name, windows_Wx2 in taken.items():
         elapsed, thread = np.median(windows_Wx2, axis=0).tolist()
         row = {"loop": name, "elapsed_ms": elapsed, "fastest_ms": float(windows_Wx2[:, 0].min()), "thread_ms": thread}
         rows.append(row | {"windows": len(windows_Wx2)})
         timing.print_line(list(rows[-1].values()), list(COLUMNS.values()))
+    elapsed_W = both_Wx2[:, 0]
+    added_W = (elapsed_W[1:-1] - (elapsed_W[:-2] + elapsed_W[2:]) / 2)[::2]
+    error = 1.2533 * added_W.std(ddof=1) / len(added_W) ** 0.5  # of a median
+    rows.append({"loop": "log points add", "elapsed_ms": float(np.median(added_W)), "standard_error_ms": float(error)})
+    print(f"log points add {np.median(added_W):.3f} +- {error:.3f} ms to a step")
     if arguments.profile:
         profile = cProfile.Profile(time.thread_time)
-        profile.runcall(measure, arguments.steps, 1, rounds)
+        profile.runcall(measure, e, window, bare=False)
         pstats.Stats(profile).sort_stats("tottime").print_stats(25)
     timing.write(arguments.json, given, rows)
     return 0
