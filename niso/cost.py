@@ -156,21 +156,22 @@ class Collective:
 def collectives(text: str, mesh: Mesh) -> list[Collective]:
     """The exchanges of a compiled program, from its text; those in loops as often as these run, where their length is known.
 
-    TPU compilers carry one exchange on through many fusions, to compute meanwhile, and write it down in each: it counts once.
+    TPU compilers carry one exchange on through many fusions, to compute meanwhile, and write it down in each, with the same channel
+    and the same operation of the program: it counts once.
     """
     found: dict[tuple[str, str], Collective] = {}
     computations, entry = _computations(text)
     times: Counter[str] = Counter()
     _visit(entry, 1, computations, times)
-    carried_on: set[tuple[str, str]] = set()
+    carried_on: set[tuple[str, tuple[str, ...]]] = set()
     for name, lines in computations.items():
         for line in lines if times[name] else []:
             match = re.search(rf" ({'|'.join(KINDS)})(-start)?\(", line)
             if match:
-                channel = re.search(r"channel_id=(\d+).*async_collective_fusion_config", line)
-                if channel and (match[1], channel[1]) in carried_on:
+                key = tuple(re.findall(r'channel_id=\d+|op_name="[^"]*"|replica_groups=\S+', line))
+                if "async_collective_fusion_config" in line and (match[1], key) in carried_on:
                     continue
-                carried_on |= {(match[1], channel[1])} if channel else set()
+                carried_on.add((match[1], key))
                 shapes = _results(line[line.index(" = ") : match.start()], match[1], bool(match[2]))
                 kind, axes, one = match[1], _axes(line, mesh), sum(map(_size, shapes))
                 now = Collective(kind, axes, times[name], times[name] * one, one, "{}[{}]".format(*shapes[0]))

@@ -38,35 +38,35 @@ def add(a: Metrics, b: Metrics) -> Metrics:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reading:
+class Fetch:
     """Metrics on their way to the host, in one array: fetching each by itself took half of what a log point costs.
 
     The copy begins behind what the devices have been given so far, and waits for nothing that they are given later.
     """
 
     names: tuple[str, ...]
-    sums_NxPxR: Array  # totals and counts in the order of their names; no axis of replicas where metrics have none
+    sums_MxPxR: Array  # total and count of every metric, in the order of their names; no axis R where there are no replicas
 
     @staticmethod
-    def of(metrics: Metrics) -> "Reading":
-        """Begins to fetch."""
-        sums_NxPxR = _packed(metrics)
-        sums_NxPxR.copy_to_host_async()
-        return Reading(tuple(sorted(metrics)), sums_NxPxR)
+    def of(metrics: Metrics) -> "Fetch":
+        """Begins to fetch, and returns what `by_replica` then waits for."""
+        sums_MxPxR = _packed(metrics)
+        sums_MxPxR.copy_to_host_async()
+        return Fetch(tuple(sorted(metrics)), sums_MxPxR)
 
     def by_replica(self) -> list[dict[str, float]]:
         """`values` of each replica, of the only one where metrics have no axis of replicas; waits until they are there."""
-        found_NxPxR = jax.device_get(self.sums_NxPxR)
-        found_NxPxR = found_NxPxR.reshape(*found_NxPxR.shape[:2], -1)
+        found_MxPxR = jax.device_get(self.sums_MxPxR)
+        found_MxPxR = found_MxPxR.reshape(*found_MxPxR.shape[:2], -1)
         return [
-            values({name: Mean(*pair) for name, pair in zip(self.names, found_NxP, strict=True)})
-            for found_NxP in found_NxPxR.transpose(2, 0, 1)
+            values({name: Mean(*pair) for name, pair in zip(self.names, found_MxP, strict=True)})
+            for found_MxP in found_MxPxR.transpose(2, 0, 1)
         ]
 
 
 def by_replica(metrics: Metrics) -> list[dict[str, float]]:
     """`values` of each replica, where metrics have an axis of replicas; of the only one, where they have none."""
-    return Reading.of(metrics).by_replica()
+    return Fetch.of(metrics).by_replica()
 
 
 def values(metrics: Metrics) -> dict[str, float]:
@@ -76,5 +76,5 @@ def values(metrics: Metrics) -> dict[str, float]:
 
 @jax.jit
 def _packed(metrics: Metrics) -> Array:
-    """Totals and counts in the order of their names, N x 2, or N x 2 x replicas."""
+    """Totals and counts in the order of their names, M x 2, or M x 2 x replicas."""
     return jnp.stack([jnp.stack([mean.total, mean.count]) for _, mean in sorted(metrics.items())])

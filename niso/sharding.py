@@ -128,7 +128,7 @@ def optimizer_sharding(mesh: Mesh, params: dict[str, NamedSharding], opt_state: 
 
 
 def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
-    """`solve` on a batch of matrices, the batch split over all mesh axes.
+    """`solve` on a batch of matrices, the batch split over all mesh axes; it returns matrices of the same shape.
 
     A batch that the mesh does not divide (the few examples of a figure, fewer large frames than devices) is filled up with zero
     matrices, whose results are dropped: without the split every device would solve all of it. Each part along `data` is filled up
@@ -137,21 +137,20 @@ def sharded(solve: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
     Before and after, and for gradients too, the batch is held where examples are: the compiler would else carry the split over
     `space` on into the networks, where rows have that axis, and gather whole batches of activations between the two.
     """
-    examples = NamedSharding(mesh, PartitionSpec("data"))
-    hold = (lambda x: jax.lax.with_sharding_constraint(x, examples)) if mesh.shape["space"] > 1 else lambda x: x
-
     data, space = mesh.shape["data"], mesh.shape["space"]
+    examples = NamedSharding(mesh, PartitionSpec("data"))
+    hold = (lambda x: jax.lax.with_sharding_constraint(x, examples)) if space > 1 else lambda x: x
 
     def split(x_BxRxK: Array, **options: Any) -> Array:
         batch, *matrix = x_BxRxK.shape
         part = -(-batch // data)
-        padding = ((0, data * part - batch), (0, 0), (0, 0)), ((0, 0), (0, -part % space), (0, 0), (0, 0))
-        parts_DxPxRxK = jnp.pad(jnp.pad(x_BxRxK, padding[0]).reshape(data, part, *matrix), padding[1])
-        size = parts_DxPxRxK.shape[1]
+        filled = part + -part % space  # of each part along `data`, a multiple of `space`
+        whole_DxPxRxK = jnp.pad(x_BxRxK, ((0, data * part - batch), (0, 0), (0, 0))).reshape(data, part, *matrix)
+        filled_DxFxRxK = jnp.pad(whole_DxPxRxK, ((0, 0), (0, filled - part), (0, 0), (0, 0)))
         spec = PartitionSpec(AXES)
         run = jax.shard_map(lambda x_BxRxK: solve(x_BxRxK, **options), mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-        solved_FxRxK = hold(run(hold(parts_DxPxRxK.reshape(data * size, *matrix))))
-        return solved_FxRxK.reshape(data, size, *matrix)[:, :part].reshape(data * part, *matrix)[:batch]
+        solved = hold(run(hold(filled_DxFxRxK.reshape(data * filled, *matrix))))
+        return solved.reshape(data, filled, *matrix)[:, :part].reshape(data * part, *matrix)[:batch]
 
     return split
 

@@ -10,7 +10,7 @@ from niso.config import Experiment
 from niso.data.pipeline import open_dataset
 from niso.data.stream import Examples
 from niso.journal import Journal, due
-from niso.metrics import Reading
+from niso.metrics import Fetch
 from niso.replicas import Replicas
 from niso.soundness import Soundness
 from niso.step import Program, TrainState
@@ -65,7 +65,7 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
     if start == 0:
         journal.evaluate(0, state)
     with program.replicas.train_batches(dataset.train_batches, e.batch, start, e.steps) as batches:
-        pending: tuple[int, Reading] | None = None
+        pending: tuple[int, Fetch] | None = None
         window = None
         for step in range(start + 1, e.steps + 1):
             with telemetry.waiting():
@@ -79,7 +79,7 @@ def loop(program: Program, dataset: Examples, checkpoints: Checkpoints, journal:
             # Fetched before the next step is given to the device and read after, so that it has work while the host writes; read
             # at once where something waits for it.
             late = pending
-            pending = (step, Reading.of(window)) if due(step, e.log.every, e.steps) else None
+            pending = (step, Fetch.of(window)) if due(step, e.log.every, e.steps) else None
             leave = checkpoints.preempted(step)
             evaluate_now = due(step, e.log.evaluate_every, e.steps)
             save_now = due(step, e.checkpoint.every, e.steps) or leave

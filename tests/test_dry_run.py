@@ -111,11 +111,16 @@ TPU = """HloModule jit__train, is_scheduled=true
   ROOT %all-gather.3 = bf16[4,8]{1,0:S(1)} all-gather(%p), channel_id=7, replica_groups=[4,2]<=[8], CARRIED
 }
 
+%fused.4 (p: bf16[2,8]) -> bf16[4,8] {
+  ROOT %all-gather.4 = bf16[4,8]{1,0} all-gather(%p), channel_id=8, replica_groups=[4,2]<=[8], CARRIED
+}
+
 ENTRY %main.9_spmd (p0: f32[3,5], p1: bf16[4,8]) -> f32[3,5] {
   %both = (f32[3,5]{1,0:T(4,128)S(1)}, f32[]{:T(128)}) all-reduce(%p0, %c), replica_groups=[2,4]<=[4,2]T(1,0), to_apply=%add.clone
   %f = bf16[8,8]{1,0:T(8,128)(2,1)} fusion(%p1), kind=kCustom, calls=%fused
   %begun = bf16[4,8]{1,0} fusion(%p2), kind=kCustom, calls=%fused.2
   %carried_on = bf16[4,8]{1,0:S(1)} fusion(%begun), kind=kCustom, calls=%fused.3
+  %another = bf16[4,8]{1,0} fusion(%p2), kind=kCustom, calls=%fused.4
   %go = (f32[1,5]{1,0}, f32[1,5]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{2,3}}
   %done = f32[1,5]{1,0} collective-permute-done(%go)
   %named = f32[7]{0} all-reduce(%y), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}, to_apply=%add.clone
@@ -128,7 +133,7 @@ ENTRY %main.9_spmd (p0: f32[3,5], p1: bf16[4,8]) -> f32[3,5] {
 
 def test_collectives_as_tpu_compilers_write_them() -> None:
     assert cost.collectives(TPU, mesh_of(4, 2)) == [
-        Collective("all-gather", "space", 3, 128 + 36 + 64, 128, "bf16[8,8]"),
+        Collective("all-gather", "space", 4, 128 + 36 + 2 * 64, 128, "bf16[8,8]"),
         Collective("all-reduce", "?", 1, 8, 8, "f32[2]"),
         Collective("all-reduce", "data", 2, 64 + 28, 64, "f32[3,5]"),
         Collective("all-reduce", "data+space", 1, 60, 60, "f32[3,5]"),

@@ -3,15 +3,15 @@
   python -m tests.benchmarks.loop --steps 3000 --json loop.json
   python -m tests.benchmarks.loop --steps 3000 --window 10 --device_ms 50
 
-Three rows: `bare`, the compiled step alone, its batch placed, no more than two of them in flight; then of one run, window by
-window in turns, steps with no log point, which add all else of a real run: batches of one number from an iterator, the check
-for preemption, telemetry; and with one at every step: metrics, event file, metrics.jsonl, hours.jsonl and the terminal line
-(kept in memory here). A row's figures are medians over windows of so many steps. On a busy machine others only ever add to the
-elapsed time, so the fastest window stands beside it, and the time that the loop's own thread was on a core (`thread_ms`), which
-others hardly change. Below them: what log points add to the elapsed time, the median over their windows of the difference to
-the mean of the windows before and after, with its standard error. With --device_ms every step keeps one core busy that long, in
-the place of an accelerator: what the host does meanwhile on another core costs nothing. --profile lists the functions that take
-longest.
+Three rows: `bare`, the compiled step alone, its batch placed, no more than two of them in flight, for a few windows; then of
+one run, window by window in turns, steps with no log point, which add all else of a real run: the check for preemption,
+telemetry, what stops a run that is no longer finite; and with one at every step: metrics, event file, metrics.jsonl,
+hours.jsonl and the terminal line (kept in memory here). A row's figures are medians over windows of so many steps. On a busy
+machine others only ever add to the elapsed time, so the fastest window stands beside it, and the time that the loop's own
+thread was on a core (`thread_ms`), which others hardly change. Below them: what log points add to the elapsed time, the median
+over pairs of windows, one with and the one before without, and the standard error of that by resampling the pairs. With
+--device_ms every step keeps one core busy that long, in the place of an accelerator: what the host does meanwhile on another
+core costs nothing. --profile lists the functions that take longest.
 """
 
 import argparse
@@ -84,10 +84,13 @@ def rounds_of(milliseconds: float) -> int:
 
 
 class InTurns(int):
-    """A number of steps between log points, for the loop: one at every step in every second window, and none in the others."""
+    """A number of steps between log points, for the loop: one at every step in every second window, and none in the others.
+
+    A log point is written while the next step is made; so those are due that are written in such a window.
+    """
 
     def __rmod__(self, step: int) -> int:
-        return 1 - (step - 1) // self % 2
+        return 1 - step // self % 2
 
 
 class Clocked:
@@ -179,7 +182,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     timing.print_surroundings()
     timing.print_line(list(COLUMNS), list(COLUMNS.values()))
     e = experiment(steps, window, rounds_of(arguments.device_ms) if arguments.device_ms else 0)
-    bare_Wx2, both_Wx2 = measure(e, window, bare=True), measure(e, window, bare=False)
+    bare_Wx2 = measure(dataclasses.replace(e, steps=(LEAST + 3) * window), window, bare=True)
+    both_Wx2 = measure(e, window, bare=False)
     taken = {"bare": bare_Wx2, "no log point": both_Wx2[::2], "log every step": both_Wx2[1::2]}
     rows = []
     for name, windows_Wx2 in taken.items():
@@ -187,11 +191,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         row = {"loop": name, "elapsed_ms": elapsed, "fastest_ms": float(windows_Wx2[:, 0].min()), "thread_ms": thread}
         rows.append(row | {"windows": len(windows_Wx2)})
         timing.print_line(list(rows[-1].values()), list(COLUMNS.values()))
-    elapsed_W = both_Wx2[:, 0]
-    added_W = (elapsed_W[1:-1] - (elapsed_W[:-2] + elapsed_W[2:]) / 2)[::2]
-    error = 1.2533 * added_W.std(ddof=1) / len(added_W) ** 0.5  # of a median
-    rows.append({"loop": "log points add", "elapsed_ms": float(np.median(added_W)), "standard_error_ms": float(error)})
-    print(f"log points add {np.median(added_W):.3f} +- {error:.3f} ms to a step")
+    without_Px2, with_Px2 = both_Wx2[::2][: len(both_Wx2) // 2], both_Wx2[1::2]
+    added_P = with_Px2[:, 0] - without_Px2[:, 0]
+    error = np.std(np.median(np.random.default_rng(0).choice(added_P, (2_000, len(added_P))), axis=1))
+    rows.append({"loop": "log points add", "elapsed_ms": float(np.median(added_P)), "standard_error_ms": float(error)})
+    print(f"log points add {np.median(added_P):.3f} +- {error:.3f} ms to a step")
     if arguments.profile:
         profile = cProfile.Profile(time.thread_time)
         profile.runcall(measure, e, window, bare=False)
