@@ -3,7 +3,6 @@
 import contextlib
 import random
 import shutil
-import threading
 import time
 from collections.abc import Sequence
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ import pytest
 import tensorstore
 from jax.sharding import NamedSharding, PartitionSpec
 
-from niso import checkpoint, train
+from niso import train
 from niso.checkpoint import Checkpoints
 from niso.errors import UserError
 from niso.journal import Journal
@@ -138,22 +137,6 @@ def test_checkpoint_of_eight_devices_on_fewer(devices: int, tmp_path) -> None:
     assert runs.same(restored, runs.arrays(workdir, runs.STEPS))
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {devices}
     assert any(not leaf.is_fully_replicated for leaf in jax.tree.leaves(state.opt_state)) == (devices > 1)
-
-
-@pytest.mark.parametrize("failed", [False, True])
-def test_only_a_run_that_fails_does_not_wait_for_a_checkpoint_that_waits_for_others(failed, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(checkpoint, "LONGEST", 0.1)
-    monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2))
-    checkpoints, others = Checkpoints(str(tmp_path), keep=1), threading.Event()
-    close = checkpoints.manager.close
-    monkeypatch.setattr(checkpoints.manager, "close", lambda: (others.wait(20), close()))
-    closing = threading.Thread(target=checkpoints.close, args=(failed,))
-    closing.start()
-    closing.join(2)
-    assert closing.is_alive() is not failed
-    others.set()
-    closing.join(20)
-    assert not closing.is_alive()
 
 
 def test_what_is_saved_is_the_state_before_the_next_update(tmp_path, monkeypatch) -> None:

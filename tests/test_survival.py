@@ -6,7 +6,9 @@ import pathlib
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,8 +17,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from niso import checkpoint_files, checksums
-from niso.checkpoint import UNREADABLE
+from niso import checkpoint, checkpoint_files, checksums
+from niso.checkpoint import UNREADABLE, Checkpoints
 from niso.checkpoint_files import DamagedError
 from niso.errors import UserError
 from niso.step import TrainState
@@ -251,3 +253,19 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path) -> None:
     assert third.startswith("niso: checkpoint 3 cannot be used (") and "going on from 1" in third
     assert other.startswith("niso: checkpoint 2 cannot be used (ZeroDivisionError: ") and "going on from 1" in other
     assert runs.steps(tmp_path) == [1, 2] and sorted(path.name for path in (tmp_path / UNREADABLE).iterdir()) == ["2", "3"]
+
+
+@pytest.mark.parametrize("failed", [False, True])
+def test_only_a_run_that_fails_does_not_wait_for_a_checkpoint_that_waits_for_others(failed, monkeypatch, tmp_path) -> None:
+    monkeypatch.setattr(checkpoint, "LONGEST", 0.1)
+    monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2))
+    checkpoints, others = Checkpoints(str(tmp_path), keep=1), threading.Event()
+    close = checkpoints.manager.close
+    monkeypatch.setattr(checkpoints.manager, "close", lambda: (others.wait(20), close()))
+    closing = threading.Thread(target=checkpoints.close, args=(failed,))
+    closing.start()
+    closing.join(2)
+    assert closing.is_alive() is not failed
+    others.set()
+    closing.join(20)
+    assert not closing.is_alive()
