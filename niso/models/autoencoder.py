@@ -8,6 +8,8 @@ from flax import nnx
 from jax import Array
 from jax.typing import DTypeLike
 
+from niso.models.convolution import Conv3x3
+
 STEM = 48  # features of the per-pixel layer before the first level, as published
 
 
@@ -25,9 +27,9 @@ class Block(nnx.Module):
 
     def __init__(self, inputs: int, features: int, *, dtype: DTypeLike, rngs: nnx.Rngs):
         self.norm1 = grid_norm(inputs, dtype, rngs)
-        self.conv1 = nnx.Conv(inputs, features, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv1 = Conv3x3(inputs, features, dtype=dtype, rngs=rngs)
         self.norm2 = grid_norm(features, dtype, rngs)
-        self.conv2 = nnx.Conv(features, features, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
+        self.conv2 = Conv3x3(features, features, dtype=dtype, rngs=rngs)
         self.skip = nnx.Linear(inputs, features, use_bias=False, dtype=dtype, rngs=rngs)
 
     def __call__(self, x_BxHxWxC: Array, double: bool = False) -> Array:

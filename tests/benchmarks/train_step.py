@@ -19,7 +19,7 @@ import pathlib
 import sys
 import time
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +28,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import configs
-from niso import hardware, sharding
+from niso import cost, hardware, sharding
 from niso.config import Experiment, flat
 from niso.errors import UserError
 from niso.step import Program, TrainState
@@ -100,22 +100,14 @@ def random_batch(p: Program) -> dict[str, Array]:
 
 
 def step_flops(e: Experiment) -> float:
-    """Floating-point operations of one update, from the program before compilation, all devices together.
-
-    Traced for one CPU, whose count is complete: a GPU's own leaves out what cuBLAS and cuDNN do (jax issues 16008, 22249).
-    Without rematerialisation and in one micro-batch: a loop's body would be counted once. LAPACK's work is not counted.
-    """
+    """Floating-point operations of the matrix products and convolutions of one update, all devices together
+    (niso.cost.operations), without what rematerialisation and micro-batches do twice."""
     task: Any = e.task
     if hasattr(task, "remat"):
         task = dataclasses.replace(task, remat=False)
     plain = dataclasses.replace(e, task=task, optimizer=dataclasses.replace(e.optimizer, accumulate=1))
-    try:
-        cpu = jax.devices("cpu")
-    except RuntimeError:
-        raise UserError("operations are counted on the CPU, which JAX_PLATFORMS leaves out: set JAX_PLATFORMS=cuda,cpu") from None
-    p = program(plain, Mesh(np.array(cpu[:1]).reshape(1, 1), sharding.AXES))
-    cost = p.train.lower(p.state_shapes, p.batch_shapes).cost_analysis()
-    return float(cast(dict, cost)["flops"])
+    p = program(plain, sharding.make_mesh(e.mesh))
+    return cost.operations(p.train.trace(p.state_shapes, p.batch_shapes)).total
 
 
 @functools.cache
