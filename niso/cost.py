@@ -237,12 +237,25 @@ def _groups(line: str, devices: int) -> np.ndarray | None:
         rows = [[int(n) for n in row.split(",")] for row in listed[1].split("},{")]
         return np.array(rows) if len({len(row) for row in rows}) == 1 else None
     if ranged := re.search(r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", line):
-        shape, dimensions, order = ([int(n) for n in part.split(",")] if part else None for part in ranged.groups())
+        shape, dimensions, order = map(_numbers, ranged.groups())
         assert shape is not None and dimensions is not None
-        return np.arange(math.prod(dimensions)).reshape(dimensions).transpose(order).reshape(shape)
-    if named := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", line):
-        return _along(re.findall(r"'(\w+)'=(\d+)", named[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[2]))
+        return _permuted(dimensions, order).reshape(shape)
+    if named := re.search(
+        r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?\))? ?\{([^}]*)\}", line
+    ):
+        groups = _along(re.findall(r"'(\w+)'=(\d+)", named[1]), re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", named[4]))
+        dimensions, order = (_numbers(part) for part in named.group(2, 3))
+        return groups if dimensions is None else _permuted(dimensions, order).ravel()[groups]
     return np.arange(devices)[None] if "replica_groups={}" in line else None
+
+
+def _numbers(text: str | None) -> list[int] | None:
+    return [int(n) for n in text.split(",")] if text else None
+
+
+def _permuted(dimensions: list[int], order: list[int] | None) -> np.ndarray:
+    """0, 1, 2, ... as an array of these dimensions, its axes in another order."""
+    return np.arange(math.prod(dimensions)).reshape(dimensions).transpose(order)
 
 
 def _along(axes: list[tuple[str, str]], chosen: list[tuple[str, str, str]]) -> np.ndarray:

@@ -13,7 +13,7 @@ from jax import Array
 
 from niso.geometry.polar import METHODS, polar_factor
 from tests import tiny
-from tests.benchmarks import loop, pixels, solve, timing, train_step
+from tests.benchmarks import convolution, loop, pixels, solve, timing, train_step
 from tests.conftest import mesh_of
 from tests.test_polar import matrices, twin
 
@@ -124,6 +124,21 @@ def test_the_loop_is_measured_without_and_with_log_points(tmp_path: pathlib.Path
     assert len(capsys.readouterr().out.splitlines()) == 6
     with pytest.raises(SystemExit):
         loop.main(["--steps=250"])
+
+
+def test_convolution(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "convolution.json"
+    assert convolution.main(["--shapes", "2,8,3,4", "1,6,2,2", "--rounds=2", f"--json={path}"]) == 0
+    rows = report(path)["rows"]
+    assert [(row["shape"], row["gflop"]) for row in rows] == [
+        ("2,8,3,4", 2 * 9 * 2 * 64 * 12 / 1e9),
+        ("1,6,2,2", 18 * 36 * 4 / 1e9),
+    ]
+    assert all(row[name] > 0 for row in rows for name in ("forward", "by_input", "by_kernel", "by_blocks", "gflop_s"))
+    assert len(capsys.readouterr().out.splitlines()) == 4
+    with pytest.raises(SystemExit):
+        convolution.main(["--shapes", "2,8,3"])
+    assert "'2,8,3' is not images,pixels,inputs,outputs" in capsys.readouterr().err
 
 
 def test_operations_are_those_of_the_whole_step_whatever_recomputes_or_accumulates() -> None:

@@ -124,6 +124,8 @@ ENTRY %main.9_spmd (p0: f32[3,5], p1: bf16[4,8]) -> f32[3,5] {
   %go = (f32[1,5]{1,0}, f32[1,5]{1,0}, u32[]{:S(2)}, u32[]{:S(2)}) collective-permute-start(%x), source_target_pairs={{0,1},{2,3}}
   %done = f32[1,5]{1,0} collective-permute-done(%go)
   %named = f32[7]{0} all-reduce(%y), replica_groups=mesh['axis_0'=2,'axis_1'=2,'axis_2'=2] {'axis_0','axis_1'}, to_apply=%add.clone
+  %turned = f32[11]{0} all-reduce(%y), replica_groups=mesh['a'=2,'b'=1,'c'=4], device_ids=([4,2]T(1,0)) {'a'}
+  %listed = f32[12]{0} all-reduce(%y), replica_groups=mesh['axis_0'=4,'axis_1'=2], device_ids=([8]) {'axis_0'}
   %part = f32[9]{0} all-gather(%y), replica_groups=mesh['a'=8,'b'=1] {'a':(4)2}, dimensions={0}
   %odd = f32[2]{0} all-reduce(%y), channel_id=5, replica_groups={{0,3},{1,2,4}}, to_apply=%add.clone
   ROOT %all = f32[3,5]{1,0} all-reduce(%p0), channel_id=3, replica_groups={}, to_apply=%add.clone
@@ -135,8 +137,9 @@ def test_collectives_as_tpu_compilers_write_them() -> None:
     assert cost.collectives(TPU, mesh_of(4, 2)) == [
         Collective("all-gather", "space", 4, 128 + 36 + 2 * 64, 128, "bf16[8,8]"),
         Collective("all-reduce", "?", 1, 8, 8, "f32[2]"),
-        Collective("all-reduce", "data", 2, 64 + 28, 64, "f32[3,5]"),
+        Collective("all-reduce", "data", 3, 64 + 28 + 48, 64, "f32[3,5]"),
         Collective("all-reduce", "data+space", 1, 60, 60, "f32[3,5]"),
+        Collective("all-reduce", "space", 1, 44, 44, "f32[11]"),
         Collective("collective-permute", "space", 1, 20, 20, "f32[1,5]"),
     ]
 

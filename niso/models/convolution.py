@@ -35,11 +35,16 @@ def _convolve(x_BxHxWxC: Array, kernel_3x3xCxD: Array) -> Array:
 
 def _backward(saved: tuple[Array, Array], g_BxHxWxD: Array) -> tuple[Array, Array]:
     x_BxHxWxC, kernel_3x3xCxD = saved
-    (by_input_BxHxWxC,) = jax.linear_transpose(lambda x_BxHxWxC: _convolve(x_BxHxWxC, kernel_3x3xCxD), x_BxHxWxC)(g_BxHxWxD)
-    return by_input_BxHxWxC, weight_gradient(x_BxHxWxC, g_BxHxWxD)
+    return input_gradient(kernel_3x3xCxD, g_BxHxWxD), weight_gradient(x_BxHxWxC, g_BxHxWxD)
 
 
 convolve.defvjp(lambda x_BxHxWxC, kernel_3x3xCxD: (_convolve(x_BxHxWxC, kernel_3x3xCxD), (x_BxHxWxC, kernel_3x3xCxD)), _backward)
+
+
+def input_gradient(kernel_3x3xCxD: Array, g_BxHxWxD: Array) -> Array:
+    """The gradient of `convolve` by its input, B x H x W x C, of one by its output."""
+    x_BxHxWxC = jax.ShapeDtypeStruct((*g_BxHxWxD.shape[:3], kernel_3x3xCxD.shape[2]), g_BxHxWxD.dtype)
+    return jax.linear_transpose(lambda x_BxHxWxC: _convolve(x_BxHxWxC, kernel_3x3xCxD), x_BxHxWxC)(g_BxHxWxD)[0]
 
 
 def weight_gradient(x_BxHxWxC: Array, g_BxHxWxD: Array) -> Array:
@@ -49,11 +54,12 @@ def weight_gradient(x_BxHxWxC: Array, g_BxHxWxD: Array) -> Array:
     of the convolution. Where examples or rows may be split over several devices it is XLA's: that one it knows how to split.
     """
     if jax.device_count() > 1:
-        return _whole(x_BxHxWxC, g_BxHxWxD)
-    return jax.lax.platform_dependent(x_BxHxWxC, g_BxHxWxD, cpu=by_blocks, default=_whole)
+        return whole(x_BxHxWxC, g_BxHxWxD)
+    return jax.lax.platform_dependent(x_BxHxWxC, g_BxHxWxD, cpu=by_blocks, default=whole)
 
 
-def _whole(x_BxHxWxC: Array, g_BxHxWxD: Array) -> Array:
+def whole(x_BxHxWxC: Array, g_BxHxWxD: Array) -> Array:
+    """`weight_gradient` as XLA has it: a convolution of the whole batch."""
     kernel = jax.ShapeDtypeStruct((3, 3, x_BxHxWxC.shape[-1], g_BxHxWxD.shape[-1]), x_BxHxWxC.dtype)
     return jax.linear_transpose(partial(_convolve, x_BxHxWxC), kernel)(g_BxHxWxD)[0]
 
