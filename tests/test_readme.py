@@ -70,7 +70,7 @@ NOT_RUN = {
     "--root=runs": "twenty runs; tests/test_sweep.py runs short ones",
     "tests.campaign": "half an hour; tests/test_survival_campaign.py runs a short one",
     "tests.equality": "hours; tests/test_equality.py runs it as a slow test",
-    "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs both with small ones",
+    "tests.benchmarks": "minutes at these sizes; tests/test_benchmarks.py runs them with small ones",
 }
 
 
