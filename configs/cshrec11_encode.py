@@ -74,6 +74,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "test_seed": 0,
         "alpha": 0.5,
         "beta": 0.01,
+        "equivariance": "absolute",
         "both_directions": False,
         "dropout": 0.0,
         "skips": (),

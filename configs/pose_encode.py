@@ -69,6 +69,7 @@ def get_config(variant: str = "paper") -> ConfigDict:
         "test_seed": 0,
         "alpha": 0.5,
         "beta": 0.025,
+        "equivariance": "absolute",
         "both_directions": False,
         "dropout": 0.0,
         "skips": config.data.get_ref("test_skips"),

@@ -11,6 +11,7 @@ import pytest
 from flax import nnx
 
 from niso import metrics, tree
+from niso.errors import UserError
 from niso.models.autoencoder import Decoder
 from niso.tasks.autoencode import Autoencode, Autoencoder
 from tests import tiny
@@ -62,8 +63,27 @@ def test_losses_against_float64() -> None:
     assert "equivariance_error_skip_9" not in evaluated  # no such pair in the batch: not a number, and not a zero
 
 
-def test_padding_counts_for_nothing() -> None:
-    task, model = task_and_model()
+def test_relative_equivariance_is_in_units_of_the_latents_spread_and_does_not_shrink_with_them() -> None:
+    absolute, model = task_and_model()
+    task, _ = task_and_model(task__equivariance="relative")
+    batch = tiny.batch()
+    seen = task._encode(model, batch)
+    wanted_BxKxC, moved_BxKxC = (np.asarray(z, np.float64) for z in (seen.coefficient_BxTxKxC[:, 1], seen.moved(0, by=0)))
+    spread = np.abs(wanted_BxKxC - wanted_BxKxC.mean(0)).mean()
+    equivariance = [metrics.values(each.loss(model, batch)[1])["equivariance"] for each in (absolute, task)]
+    assert equivariance == pytest.approx([np.abs(moved_BxKxC - wanted_BxKxC).mean() * scale for scale in (1, 1 / spread)], rel=1e-4)
+    small = nnx.clone(model)
+    small.encoder.head.kernel[...] *= 1e-3
+    small.encoder.head.bias[...] *= 1e-3
+    shrunk = [metrics.values(each.loss(small, batch)[1])["equivariance"] for each in (absolute, task)]
+    assert shrunk == pytest.approx([1e-3 * equivariance[0], equivariance[1]], rel=1e-2)
+    with pytest.raises(UserError, match="equivariance=relative compares examples: raise batch"):
+        task.loss(model, {name: value[:1] for name, value in batch.items()})
+
+
+@pytest.mark.parametrize("equivariance", ["absolute", "relative"])
+def test_padding_counts_for_nothing(equivariance: str) -> None:
+    task, model = task_and_model(task__equivariance=equivariance)
     whole = tiny.batch()
     padded = {name: np.concatenate([value, value[:2]]) for name, value in whole.items()}
     padded["frames_BxTxHxWxC"][8:] = 255

@@ -42,7 +42,8 @@ class Autoencode(Latent):
       transformation: "given", views are frames of a video; "homography", ψ is an image and T is drawn; "moebius", ψ and Tψ are
         a function on the sphere under two drawn Möbius maps.
       test_seed: of the maps of held-out images or surfaces.
-      alpha, beta: α, β. both_directions: L_E of τ and of τ⁻¹, summed (reference code); False: of τ (paper).
+      alpha, beta: α, β. equivariance: L_E is "absolute" (paper), or "relative" to the spread of the latents over the batch, which
+        shrinking latents do not make smaller. both_directions: L_E of τ and of τ⁻¹, summed (reference code); False: of τ (paper).
       dropout: probability of spectral dropout per example, in training, after L_E and before the decoder (published: 0).
       skips: frame skips whose equivariance error is reported separately.
     """
@@ -52,13 +53,14 @@ class Autoencode(Latent):
     test_seed: int
     alpha: float
     beta: float
+    equivariance: str
     both_directions: bool
     dropout: float
     skips: tuple[int, ...]
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choices(self, regime=tuple(VIEWS), transformation=views.TRANSFORMATIONS)
+        check_choices(self, regime=tuple(VIEWS), transformation=views.TRANSFORMATIONS, equivariance=("absolute", "relative"))
         if not 0 <= self.dropout <= 1:
             raise UserError(f"task.dropout={self.dropout}: a probability, from 0 to 1")
         if self.regime == "triplets" and self.transformation != "homography":
@@ -174,7 +176,10 @@ class Autoencode(Latent):
         targets = [seen.frames_BxTxHxWxC[:, view] for _, view in pairs]
         reconstruction_B = _summed(zip(decoded, targets, strict=True))
         in_latents = pairs[:1] if self.regime == "pairs" and not self.both_directions else pairs
-        equivariance_B = _summed((moved_BxKxC, seen.coefficient_BxTxKxC[:, view]) for moved_BxKxC, view in in_latents)
+        latents = [(moved_BxKxC, seen.coefficient_BxTxKxC[:, view]) for moved_BxKxC, view in in_latents]
+        if self.equivariance == "relative":
+            latents = [_relative(*pair, weight_B) for pair in latents]
+        equivariance_B = _summed(latents)
         multiplicity_B = seen.maps.multiplicity() * jnp.ones_like(weight_B)
         terms = {
             "loss": reconstruction_B + self.alpha * equivariance_B + self.beta * multiplicity_B,
@@ -189,6 +194,21 @@ def _with_views(batch: Batch, frames_BxTxHxWxC: Array) -> Batch:
     """The batch with views of its images or surfaces instead of them."""
     others = {name: value for name, value in batch.items() if name not in ("images_BxHxWxC", "signal_BxHxWxC")}
     return others | {"frames_BxTxHxWxC": frames_BxTxHxWxC}
+
+
+def _relative(moved_BxKxC: Array, wanted_BxKxC: Array, weight_B: Array) -> tuple[Array, Array]:
+    """Both in units of the latents' spread: the mean absolute deviation of the second from its mean over the examples that count.
+
+    Raises:
+      UserError: there is only one example.
+    """
+    if len(weight_B) == 1:
+        raise UserError("task.equivariance=relative compares examples: raise batch (or lower optimizer.accumulate)")
+    share_B = weight_B / jnp.sum(weight_B)
+    mean_KxC = jnp.tensordot(share_B, wanted_BxKxC, 1)
+    spread = share_B @ jnp.mean(jnp.abs(wanted_BxKxC - mean_KxC), axis=(1, 2))
+    spread = jnp.maximum(spread, 1e-12)  # of equal examples: 0 is no unit
+    return moved_BxKxC / spread, wanted_BxKxC / spread
 
 
 def _summed(pairs: Iterable[tuple[Array, Array]]) -> Array:
