@@ -228,12 +228,12 @@ def test_device_hours_go_on_over_resumes() -> None:
 
 
 def test_what_differs_stands_apart_and_says_in_what() -> None:
-    paths = [make(f"runs/{batch}", "hmnist_encode", "small", {"equivariance_error": 1.0}, batch=batch) for batch in (4, 32)]
+    paths = [make(f"runs/{batch}", "hmnist_encode", "small", {"equivariance_error": 1.0}, batch=batch) for batch in (16, 32)]
     paths.append(make("runs/long", "hmnist_encode", "small", {"equivariance_error": 2.0}, steps=2_000))
     paths.append(make("runs/half", "hmnist_encode", "small", {"equivariance_error": 2.0}, step=1_500, steps=2_000))
     found = only(paths, ERRORS)
     assert [line.setting.removeprefix("small, mnist, 1,000 test examples, ") for line in found] == [
-        "batch=4", "batch=32", "batch=4", "batch=4",
+        "batch=16", "batch=32", "batch=16", "batch=16",
     ]  # fmt: skip
     assert [line.steps for line in found] == ["1,400", "1,400", "2,000", "step 1500 of 2000"]
     # How a run was computed and written down is no difference, nor are heads of encoders that differ in the seed alone.
@@ -244,9 +244,9 @@ def test_what_differs_stands_apart_and_says_in_what() -> None:
     # Heads of different encoders are different experiments.
     two = [
         make(f"runs/head-{n}", "hmnist_pred", "small", {"accuracy": 1.0}, seed=n, task__warm_start=(("encoder/.*", run),))
-        for n, run in enumerate(("runs/4", "runs/32"))
+        for n, run in enumerate(("runs/16", "runs/32"))
     ]
-    assert [line.setting.partition("examples, ")[2] for line in only(two, CLASSES)] == ["encoder.batch=4", "encoder.batch=32"]
+    assert [line.setting.partition("examples, ")[2] for line in only(two, CLASSES)] == ["encoder.batch=16", "encoder.batch=32"]
 
 
 def test_poses_by_stride() -> None:
