@@ -24,7 +24,7 @@ COMPARED = 20  # updates
 DECAY = 0.9  # of Adam's first moments
 ROUNDINGS = 256  # times 2**-24 of a loss: what sums in another order may do to it
 JITTER = 16  # times 2**-24 of a parameter: how much each is changed, where it is asked what rounding does
-AVAILABLE = 8  # devices, over all processes
+AVAILABLE = 8  # devices, over all processes, where there is more than one
 SHARED = {
     "batch": 8,
     "steps": 400,
@@ -210,23 +210,30 @@ def train(task: str, layout: str, folder: pathlib.Path) -> Arrays:
     return found
 
 
+def _available(layout: str) -> tuple[int, int]:
+    """(processes, devices of each): one device is alone in its process, as a laptop's is, which chooses by that (see
+    niso/models/convolution.py); other layouts of as many processes share them."""
+    processes = int(layout.partition("x")[0])
+    return processes, 1 if layout.startswith(ALONE) else AVAILABLE // processes
+
+
 def measure(tasks: list[str], layouts: list[str], folder: pathlib.Path) -> None:
     """Trains them in processes of their own, as many at a time as a layout has; then `read` finds each result in the folder."""
-    for processes in sorted({layout.partition("x")[0] for layout in layouts}):
-        some = [layout for layout in layouts if layout.startswith(f"{processes}x")]
+    for processes, devices in sorted({_available(layout) for layout in layouts}):
+        some = [layout for layout in layouts if _available(layout) == (processes, devices)]
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{free.getsockname()[1]}"
         environment = os.environ | {
-            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(AVAILABLE // int(processes)), "NISO_CACHE": str(folder / "cache"),
+            "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "NISO_CACHE": str(folder / "cache"),
             "XLA_FLAGS": "--xla_backend_optimization_level=0",
         }  # fmt: skip
-        told = json.dumps([tasks, some, str(folder), address, int(processes)])
+        told = json.dumps([tasks, some, str(folder), address, processes])
         started = [
             subprocess.Popen(
                 [sys.executable, "-m", "tests.equality", "--part", told, "--process", str(i)], cwd=REPOSITORY, env=environment
             )
-            for i in range(int(processes))
+            for i in range(processes)
         ]
         codes = [process.wait() for process in started]
         if any(codes):
