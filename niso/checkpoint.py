@@ -44,6 +44,7 @@ class Checkpoints:
 
     def __init__(self, workdir: str, keep: int, *, for_good: bool = False):
         self.folder = Path(workdir).absolute() / FOLDER
+        self._made = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             if not os.access(self.folder, os.W_OK):
@@ -108,7 +109,7 @@ class Checkpoints:
 
         Args:
           failed: the run ends by an error. Then one of several processes waits a while only: what it writes may in turn wait for
-            others, which know nothing of the error before this one has left.
+            others, which know nothing of the error before this one has left. Folders made here, and still empty, are removed.
         """
         try:
             if failed and jax.process_count() > 1:
@@ -126,6 +127,9 @@ class Checkpoints:
             if self._previous_handler is not None:
                 signal.signal(signal.SIGTERM, self._previous_handler)
                 self._previous_handler = None
+            for folder in self._made if failed else ():
+                with contextlib.suppress(OSError):  # it is not empty
+                    folder.rmdir()
 
     def _close_quietly(self) -> None:
         with contextlib.suppress(Exception):  # the error that is on its way says more

@@ -174,6 +174,19 @@ def test_checkpoints_of_an_older_niso_have_no_checksums(wanted, tmp_path) -> Non
             checkpoint_files.state(step, wanted)
 
 
+def test_a_run_that_is_refused_leaves_no_empty_folders(tmp_path) -> None:
+    made, given = tmp_path / "made", tmp_path / "given"
+    given.mkdir()
+    for workdir, failed in ((made, True), (given, True), (tmp_path / "kept", False)):
+        Checkpoints(str(workdir), 1).close(failed)
+    kept = Checkpoints(str(made), 1)
+    (made / "config.json").write_text("{}")
+    kept.close(failed=True)
+    assert sorted(path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")) == [
+        "given", "kept", "kept/checkpoints", "made", "made/config.json",
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_a_full_disk_is_one_line_and_what_was_saved_stays(tmp_path) -> None:
     """First for the files of a checkpoint, which are written beside the training, then for metrics and events; with room again
