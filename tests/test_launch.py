@@ -27,7 +27,7 @@ def test_scripts_are_sound(script: pathlib.Path) -> None:
     assert lines[0] == "#!/usr/bin/env bash" and "set -euo pipefail" in lines and len(lines) < 300
     linter = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
     if linter is None:
-        pytest.skip("shellcheck is not installed: pip install -e .[dev]")
+        pytest.skip("shellcheck is not installed: pip install -e .[test]")
     linted = subprocess.run([linter, str(script)], capture_output=True, text=True)
     assert linted.returncode == 0, linted.stdout
 
@@ -193,9 +193,13 @@ def test_slurm_job(tmp_path) -> None:
 
     programs = tmp_path / "bin"
     programs.mkdir()
+    # As Slurm's do: srun kills its tasks on SIGTERM, and ends with their code; scancel signals the tasks.
     executable(
-        programs / "srun", f'#!/bin/sh\necho "$@" >> {tmp_path}/srun\ntrap "exit 42" TERM\nwhile true; do sleep 0.05; done\n'
+        programs / "srun",
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/srun\ntrap "exit 137" TERM\n'
+        f"until rm {tmp_path}/signalled; do sleep 0.05; done\nexit 42\n",
     )
+    executable(programs / "scancel", f'#!/bin/sh\necho "$@" >> {tmp_path}/scancel\ntouch {tmp_path}/signalled\n')
     executable(programs / "scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
     path = f"{programs}:{os.environ['PATH']}"
     environment = {"PATH": path, "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "8", "ENVIRONMENT": str(tmp_path)}
@@ -208,6 +212,7 @@ def test_slurm_job(tmp_path) -> None:
         line = "--kill-on-bad-exit=0 --wait=60 --cpus-per-task=8 python -m niso.main --config=configs/pose_encode.py\n"
         assert (tmp_path / "srun").read_text() == line
         (tmp_path / "srun").unlink()
+    assert (tmp_path / "scancel").read_text() == "--signal=TERM 77\n--signal=TERM 70_7\n"
     assert (tmp_path / "scontrol").read_text() == "requeue 77\nrequeue 70_7\n"
 
     executable(programs / "srun", f'#!/bin/sh\necho "$@" > {tmp_path}/srun\n')

@@ -20,7 +20,7 @@ def test_manifests(name: str, chips: str) -> None:
         "niso",
     )
     policy = manifest["spec"]["failurePolicy"]
-    assert policy["maxRestarts"] > 0
+    assert policy["maxRestarts"] >= 100  # of a week on spot machines: it is not counted anew after a checkpoint
     assert policy["rules"] == [{"action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
     (replicated,) = manifest["spec"]["replicatedJobs"]
     job: dict[str, Any] = replicated["template"]["spec"]
@@ -41,7 +41,8 @@ def test_manifests(name: str, chips: str) -> None:
     variables = {one["name"]: one["value"] for one in container.get("env", [])}
     if name == "jobset_gpu":
         first = f"niso-{replicated['name']}-0-0.niso"
-        assert variables == {"JAX_COORDINATOR_ADDRESS": f"{first}:1234", "JAX_NUM_PROCESSES": str(job["parallelism"])}
+        processes = {"JAX_COORDINATOR_ADDRESS": f"{first}:1234", "JAX_NUM_PROCESSES": str(job["parallelism"])}
+        assert variables == processes | {"JAX_PLATFORMS": "cuda", "LD_LIBRARY_PATH": "/usr/local/nvidia/lib64"}
         assert container["ports"] == [{"containerPort": 1234}]
     else:
         chips_in_slice = 1
