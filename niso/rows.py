@@ -135,9 +135,10 @@ def describe(run: Run, encoder: Run | None) -> str:
     return ", ".join(words + [word for word, applies in told.items() if applies])
 
 
-def setting(run: Run) -> str:
-    """With which data and sizes: `small, twin small, 1,000 test examples`."""
+def setting(run: Run, encoder: Run | None) -> str:
+    """With which data and sizes, and what of the loss is not the paper's: `small, twin small, 1,000 test examples`."""
     data, task = run.data, run.task
+    loss = (encoder or run).task
     words = [
         run.config["variant"],
         f"twin {data['twin']}" if data.get("twin") else Path(data.get("records", "")).name or "no records",
@@ -146,6 +147,8 @@ def setting(run: Run) -> str:
         words.append(f"test set {Path(data['test_records']).name}")
     if "test_examples" in data:
         words.append(f"{data['test_examples']:,} test examples")
+    if loss.get("equivariance", "absolute") != "absolute" and loss.get("alpha"):
+        words.append(f"L_E {loss['equivariance']}")
     if "scale" in task:
         words.append(f"scale {task['scale']}")
     if task.get("warm_start") and task.get("name") not in HEADS:
@@ -180,7 +183,7 @@ def _lines(groups: Sequence[Sequence[Entry]]) -> list[Line]:
     found = []
     for group, of_one in zip(groups, settings, strict=True):
         words = [f"{key}={of_one.get(key, 'absent')}" for key in differ[:4]] + ["..."] * (len(differ) > 4)
-        found.append(_pool(group, ", ".join([setting(group[0].run), *words])))
+        found.append(_pool(group, ", ".join([setting(group[0].run, group[0].encoder), *words])))
     return found
 
 

@@ -146,6 +146,7 @@ def test_evaluation_reports_what_the_tables_need(arm: str) -> None:
         ({"task__size": (8, 15)}, "task.size=(8, 15) cannot be halved between the 2 levels of task.widths"),
         ({"task__size": (0, 16)}, "task.size=(0, 16) cannot be halved"),
         ({"task__rank": 33}, "task.rank=33: the latent grid has 4 x 8 = 32 points, choose a rank from 1 to 32"),
+        ({"task__damping": 1.0}, "task.damping=1.0: a share of the largest singular value, between 0 and 1"),
     ],
 )
 def test_impossible_settings(overrides: dict[str, Any], told: str) -> None:

@@ -274,6 +274,8 @@ def test_figures_are_drawn(domain: str) -> None:
         ({"task__dropout": 1.5}, "task.dropout=1.5: a probability"),
         ({"task__dropout_law": "linear"}, "task.dropout_law='linear': choose one of uniform, log"),
         ({"task__rank": 65}, "task.rank=65: the grid has 8 x 8 = 64 points, choose a rank from 1 to 64"),
+        ({"task__damping": 0.0}, "task.damping=0.0: a share of the largest singular value, between 0 and 1, such as 1e-7"),
+        ({"task__ridge": -0.1}, "task.ridge=-0.1: a share of the norm, from 0 (none) to less than 1, such as 1e-4"),
         ({"task__group": "U"}, "task.group='U': choose one of O, SO"),
         ({"data__size": 7}, "task.size=7"),
     ],

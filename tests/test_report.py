@@ -113,7 +113,7 @@ def test_without_a_run_that_fills_a_row_it_says_so() -> None:
 def test_seeds_of_one_experiment_are_put_together() -> None:
     paths = [classified("pairs", accuracy, seed) for seed, accuracy in enumerate((90.0, 92.0, 97.0))]
     (line,) = only(paths, CLASSES)
-    assert line.label == "NIso (pairs)" and line.setting == "small-pairs, mnist, 2,000 test examples"
+    assert line.label == "NIso (pairs)" and line.setting == "small-pairs, mnist, 2,000 test examples, L_E relative"
     assert (line.seeds, line.steps, line.hours) == (3, "1,400 + 6,000", 3 * 0.75)
     # Deviations −3, −1, 4: sample variance 26 / 2, over three seeds.
     assert line.figures == ((pytest.approx(93.0), pytest.approx((13 / 3) ** 0.5)),)

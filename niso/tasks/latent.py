@@ -136,6 +136,10 @@ class Latent(Task):
 def check_operator(task: Any, grid: tuple[int, int], name: str | None = "grid") -> None:
     """Raises UserError where a task's operator and its group cannot be; `name`: what it calls the rows x columns points of Ω."""
     check_choices(task, eigenvalues=("cumulative", "clustered"), group=("O", "SO"))
+    if not 0 < task.damping < 1:
+        raise UserError(f"task.damping={task.damping}: a share of the largest singular value, between 0 and 1, such as 1e-7")
+    if not 0 <= task.ridge < 1:
+        raise UserError(f"task.ridge={task.ridge}: a share of the norm, from 0 (none) to less than 1, such as 1e-4")
     rows, columns = grid
     points = rows * columns
     if name and not 1 <= task.rank <= points:
