@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 
 from data_prep import co3d_shard, co3d_source, record_folder, tasks
 from data_prep.co3d_source import Selected
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 
@@ -69,7 +70,7 @@ def prepare(
         ("top_quantile", top_quantile, 0 <= top_quantile <= 1, "between 0 and 1"),
         ("test_fraction", test_fraction, 0 < test_fraction < 1, "above 0 and below 1"),
     )
-    root, out = pathlib.Path(root), pathlib.Path(out)
+    root, out = folders.named(root, "--root"), folders.named(out, "--out")
     names = co3d_source.find_categories(root, categories)
     scores = co3d_source.read_scores(root, names)
     if splits is not None:

@@ -23,6 +23,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from data_prep import homnist_mat, record_folder
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 from niso.geometry import homography
@@ -155,7 +156,7 @@ def prepare(
         record_folder.check(SIZE, 1, shards, *rules)
         source = pathlib.Path(mnist or "").expanduser()
         images = Regenerated.open(source, copies, seed)
-    out = pathlib.Path(out)
+    out = folders.named(out, "--out")
     target = record_folder.Folder(
         out,
         DATASET,

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 from data_prep import image_shard, record_folder, tasks
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 
@@ -70,7 +71,7 @@ def prepare(
         ("crops", crops, crops >= 0, "at least 0"),
         ("seed", seed, seed >= 0, "at least 0"),
     )
-    root, out = pathlib.Path(root), pathlib.Path(out)
+    root, out = folders.named(root, "--root"), folders.named(out, "--out")
     splits, dealt = choose(root, test_fraction, seed)
     options = {
         "test_fraction": fraction if dealt else None,

@@ -17,6 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_prep import idx, record_folder
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 
@@ -77,7 +78,7 @@ def prepare(
         UserError: see the message.
     """
     record_folder.check(size, workers, shards, ("size", size, size == SIZE, f"{SIZE}, the digits' own"))
-    root, out = pathlib.Path(root), pathlib.Path(out)
+    root, out = folders.named(root, "--root"), folders.named(out, "--out")
     splits, source = read(root, verify)
     target = record_folder.Folder(
         out,

@@ -25,6 +25,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from data_prep import mesh_files, record_folder, shape_shard
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 
@@ -87,7 +88,7 @@ def prepare(
         ("test", test, test >= 1, "at least 1"),
         ("split_seed", split_seed, split_seed >= 0, "at least 0"),
     )
-    root, out = pathlib.Path(root), pathlib.Path(out)
+    root, out = folders.named(root, "--root"), folders.named(out, "--out")
     meshes = find(root, layout, exclude, without_maps)
     splits = choose(meshes, train, test, split_seed)
     mesh_files.require(

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from niso import cost
-from niso.errors import UserError
 from niso.event_writer import AppendFile, EventWriter, JsonlWriter
 from niso.profiler import Profiler
 from niso.speed import DeviceHours, StepTimer, Utilisation, memory_peak
@@ -85,8 +84,6 @@ class Telemetry:
         self._work: Utilisation | None = None
         if not primary:
             return
-        if "://" in os.fspath(workdir):
-            raise UserError(f"workdir {os.fspath(workdir)} is a URL: mount the bucket and give the mounted path.")
         # Readers drop what is later than the resumed step; a run from scratch, all of an earlier attempt.
         events = EventWriter(workdir, purge_step=resume_step + 1 if resume_step > 0 else 0)
         lines = JsonlWriter(workdir, resume_step)

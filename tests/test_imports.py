@@ -17,7 +17,7 @@ Sources = dict[str, str]  # module -> text
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
 BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
     "niso.checksums", "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure",
-    "niso.trajectory_files", "niso.cost", "niso.hardware", "niso.scaling",
+    "niso.trajectory_files", "niso.cost", "niso.folders", "niso.hardware", "niso.scaling",
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.checkpoint_files", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal",
@@ -27,6 +27,7 @@ THREE = {
 MAY_IMPORT: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
+    "niso.folders": {"niso.errors"},
     "niso.hardware": {"niso.errors"},
     "niso.cost": {"niso.errors"},
     "niso.scaling": {"niso.cost", "niso.errors", "niso.hardware"},
@@ -46,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.metrics": {"niso.errors"},
     "niso.rng": {"niso.errors"},
     "niso.tree": {"niso.errors"},
-    "niso.data": {"niso.errors"},
+    "niso.data": {"niso.errors", "niso.folders"},
     "niso.data.split": {"niso.data", "niso.errors", "niso.geometry.camera"},  # camera: numpy alone
     "niso.data.frames": {"niso.data", "niso.errors", "niso.geometry.camera"},
     "niso.models": {"niso.errors", "niso.geometry"},
@@ -71,15 +72,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "configs": {"niso.config", "niso.errors"},
     "launch": {"niso.errors"},  # programs of their own: niso.main is started, not imported
     # What a record is, and the things that it is made with.
-    "data_prep": {"niso.data.records", "niso.data.transforms", "niso.errors", "niso.geometry.camera"},
+    "data_prep": {"niso.data.records", "niso.data.transforms", "niso.errors", "niso.folders", "niso.geometry.camera"},
     # Makes the very images that the task makes on the device, so by the same function.
-    "data_prep.homnist": {"data_prep", "niso.data.records", "niso.errors", "niso.geometry.homography"},
+    "data_prep.homnist": {"data_prep", "niso.data.records", "niso.errors", "niso.folders", "niso.geometry.homography"},
 }
 
 # Libraries of a whole layer.
 LIBRARIES: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
+    "niso.folders": set(),
     "niso.hardware": set(),
     "niso.cost": {"jax", "numpy"},
     "niso.scaling": set(),

@@ -14,6 +14,7 @@ from typing import cast
 
 import numpy as np
 
+from niso import folders
 from niso.data import datasets, records
 from niso.data.reading import Reading
 from niso.data.stream import Batch, Examples, Source, check_records, find_records
@@ -77,10 +78,10 @@ class Stills(Source["StillDataset"]):
             raise UserError(f"data.in_memory=True and data.workers={self.workers}: each would hold all images; {alternatives}")
         self._check_test_records()
         row, root = find_records(self)
-        folders = [(root, row), self._test_folder() if self.test_records else (root, row)]
+        places = [(root, row), self._test_folder() if self.test_records else (root, row)]
         train, test = (
             Gallery.open(folder, name, of.schema(of.size or self.size), self.stack, self.in_memory, self.unreadable)
-            for name, (folder, of) in zip(row.splits, folders, strict=True)
+            for name, (folder, of) in zip(row.splits, places, strict=True)
         )
         if (self.test_copies > 1 or self.test_records) and self.test_examples > test.size * self.test_copies:
             most = f"{test.size} images x {self.test_copies} copies = {test.size * self.test_copies}"
@@ -101,7 +102,7 @@ class Stills(Source["StillDataset"]):
 
     def _test_folder(self) -> tuple[pathlib.Path, datasets.Dataset]:
         """The folder test_records and the row of what it holds; UserError as `check_records`."""
-        row, root = datasets.TEST_SETS[TEST_SET], pathlib.Path(self.test_records).expanduser()
+        row, root = datasets.TEST_SETS[TEST_SET], folders.named(self.test_records, "config.data.test_records")
         check_records(root, TEST_SET, row, row.size or self.size, "test_records")
         return root, row
 

@@ -17,6 +17,7 @@ from typing import Generic, TypeVar
 import grain.python as grain
 import numpy as np
 
+from niso import folders
 from niso.data import datasets, records, synthetic
 from niso.data.addresses import HeldOutAddresses, ListedAddresses, train_addresses
 from niso.data.batches import Batch, Batches, FetchRows, Items, Rows
@@ -91,7 +92,7 @@ def find_records(data: Source) -> tuple[datasets.Dataset, pathlib.Path]:
         raise UserError(f"config.data.size is {data.size}, the pictures of {data.dataset} are {row.size} pixels wide: {remedy}")
     if not data.twin and not data.records:
         raise UserError(f"no records: set --config.data.records to a folder made with `{row.command} FOLDER`, {row.quick}")
-    root = synthetic.ensure_twin(data) if data.twin else pathlib.Path(data.records).expanduser()
+    root = synthetic.ensure_twin(data) if data.twin else folders.named(data.records, "config.data.records")
     check_records(root, data.dataset, row, data.size)
     return row, root
 
