@@ -5,9 +5,10 @@ killed when, and on whichever machine.
 """
 
 import dataclasses
+import json
 import pathlib
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from niso.data import records
 from niso.errors import UserError
@@ -15,23 +16,30 @@ from niso.errors import UserError
 MISSING = "is missing"
 
 J = TypeVar("J")
+Reports = Sequence[dict[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """A finished shard: its manifest entry, its sequences, what was left out per reason, and files that users want named."""
+    """A finished shard: its manifest entry, its sequences, what was left out per reason, files that users want named, and its
+    lines of report.jsonl, where the preparation has one."""
 
     shard: records.Shard
     sequences: tuple[records.Sequence, ...]
     left_out: dict[str, int]
     named: tuple[str, ...] = ()
+    reports: tuple[dict[str, Any], ...] = ()
 
 
 def note(
-    writer: records.ShardWriter, sequences: Sequence[records.Sequence], left_out: dict[str, int], named: Sequence[str] = ()
+    writer: records.ShardWriter,
+    sequences: Sequence[records.Sequence],
+    left_out: dict[str, int],
+    named: Sequence[str] = (),
+    reports: Reports = (),
 ) -> Part:
     """What is to be noted of the shard of this closed writer: a builder's result, see `make`."""
-    return Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named))
+    return Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named), tuple(reports))
 
 
 def make(build: Callable[[J], Part], out: pathlib.Path, settings: str, job: J) -> Part:
@@ -53,8 +61,9 @@ def find(out: pathlib.Path, file: str, settings: str) -> tuple[Part | None, str]
             tuple(records.Sequence(**sequence) for sequence in value["sequences"]),
             value["left_out"],
             tuple(value.get("named", ())),
+            tuple(value["reports"] if "reports" in value else _earlier_reports(note)),
         )
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
     if value.get("settings", settings) != settings:  # notes of earlier versions have none
         return None, "was made with other options"
@@ -91,6 +100,12 @@ def verify(out: pathlib.Path, settings: str, file: str) -> tuple[Part | None, st
 def shared(out: pathlib.Path) -> pathlib.Path:
     """The file that says that tasks make a folder (data_prep/tasks.py); niso.data.stream looks for it."""
     return out / "parts" / "tasks.json"
+
+
+def _earlier_reports(note: pathlib.Path) -> Reports:
+    """Those of a note of earlier versions, in a file beside it; none of most preparations."""
+    path = note.with_suffix(".jsonl")
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else ()
 
 
 def _note(out: pathlib.Path, file: str) -> pathlib.Path:

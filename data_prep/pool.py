@@ -87,6 +87,8 @@ class Progress:
         elapsed = max(now - self._start, 1e-9)
         left = int(elapsed / self._done * (self._total - self._done))
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
-        line = f"{self._done}/{self._total} shards, {self._records / elapsed:.0f} {self._units}/s, {clock} left"
+        rate = self._records / elapsed
+        speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
+        line = f"{self._done}/{self._total} shards, {speed} {self._units}/s, {clock} left"
         end = "" if self._tty and self._done < self._total else "\n"
         print(f"\r{line:<60}" if self._tty else line, end=end, file=self._stream, flush=True)

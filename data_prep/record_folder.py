@@ -1,7 +1,7 @@
 """A folder of records, made shard by shard, by a run that may be killed at any moment, or by many (data_prep/tasks.py).
 
 `parts/options.json` says what the folder was begun with.  `parts/<shard>.json` (data_prep/parts.py) follows every shard that is
-complete; the indices come after all shards, the manifest last of all.
+complete; report.jsonl, if the preparation has one, and the indices come after all shards, the manifest last of all.
 """
 
 import argparse
@@ -23,6 +23,7 @@ from niso.errors import UserError
 
 __all__ = ["Folder", "Kept", "Part", "Plan", "Rule", "blame_the_disk", "check", "command_line", "deal", "note"]
 
+REPORT = "report.jsonl"
 _MOST_SHARDS = 1024
 
 W = TypeVar("W")
@@ -47,6 +48,7 @@ class Folder(Generic[W]):
         empty: The error when nothing of a split is usable, with {split} and {reasons}.
         left_out: What was dropped before any shard, per reason.
         flags: Those of the command line that are not among the options, or are told in other words there.
+        facts: What the manifest is to say of all records, which lie there with their indices; the manifest is given without it.
     """
 
     out: pathlib.Path
@@ -58,6 +60,7 @@ class Folder(Generic[W]):
     empty: str
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
+    facts: Callable[[records.Manifest], dict[str, Any]] | None = None
 
     def make(
         self,
@@ -100,6 +103,8 @@ class Folder(Generic[W]):
         """Whether a run has come to its end here; says so."""
         names = ["manifest.json", *(f"index-{split}.json" for split in self.plan)]
         finished = all((self.out / name).exists() for name in names)
+        if finished and self.facts:  # earlier versions wrote the manifest first without them
+            finished = bool(records.Manifest.read(self.out).facts)
         if finished and progress:
             print(f"{self.out}: nothing to do, the records are complete")
         return finished
@@ -159,9 +164,10 @@ class Folder(Generic[W]):
         return shard_parts.find(self.out, file, self.settings)[0]
 
     def finish(self, made: Mapping[str, Part], summarise: Callable[[Kept], None] | None) -> records.Manifest:
-        """Writes the indices and, last of all, the manifest; removes what killed runs left half-written."""
+        """Writes the report, the indices and, last of all, the manifest; removes what killed runs left half-written."""
         left_out, splits, kept = collections.Counter(self.left_out), {}, {}
         named: list[str] = []
+        reports: list[dict[str, Any]] = []
         for split, files in self.plan.items():
             parts = [made[file] for file in files if file in made]
             if len(parts) < len(files):
@@ -171,6 +177,9 @@ class Folder(Generic[W]):
             for part in parts:
                 left_out.update(part.left_out)
                 named += part.named
+                reports += part.reports
+        if reports:
+            records.write_text(self.out / REPORT, "".join(f"{json.dumps(report)}\n" for report in reports))
         if summarise:
             summarise(kept)
             for reason, count in sorted(left_out.items()):
@@ -187,6 +196,8 @@ class Folder(Generic[W]):
             stale.unlink(missing_ok=True)
         size = self.options["size"]
         manifest = records.Manifest(records.FORMAT, self.dataset, size, self.options, splits, dict(left_out))
+        if self.facts:
+            manifest = dataclasses.replace(manifest, facts=self.facts(manifest))
         manifest.write(self.out)
         shard_parts.shared(self.out).unlink(missing_ok=True)
         return manifest

@@ -2,9 +2,7 @@
 
 import collections
 import dataclasses
-import json
 import pathlib
-import time
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ from data_prep import conformal, mesh_files, record_folder, sphere_raster
 from niso.data import records
 from niso.errors import UserError
 
-Reports = list[dict[str, Any]]
 _LEVELS = np.iinfo(np.uint16).max
 
 
@@ -42,15 +39,11 @@ class Job:
 
 
 def build(job: Job) -> record_folder.Part:
-    """Makes the shard, its report and its note; depends on nothing but the job and the files, so a second run gives equal bytes.
-
-    But for the report, which has timings: JSON lines, one for every mesh.
-    """
+    """Makes the shard; depends on nothing but the job and the files, so a second run gives equal bytes.  Reports every mesh."""
     left_out: collections.Counter[str] = collections.Counter()
     named, sequences, reports, schema = [], [], [], records.surface(job.size)
     with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
         for mesh in job.meshes:
-            began = time.perf_counter()
             report: dict[str, Any] = {"file": mesh.file, "class": mesh.category, "split": job.file.partition("-")[0]}
             try:
                 result = _mapped(pathlib.Path(job.root), mesh, report)
@@ -64,14 +57,8 @@ def build(job: Job) -> record_folder.Part:
                 place = (job.file, writer.count - 1, 1)
                 sequences.append(records.Sequence(mesh.name, mesh.category, *place, round(result.distortion, 6)))
                 report |= {"accepted": True}
-            reports.append(report | {"seconds": round(time.perf_counter() - began, 3)})
-    report_path(job.out, job.file).write_text("".join(f"{json.dumps(report)}\n" for report in reports), encoding="utf-8")
-    return record_folder.note(writer, sequences, left_out, named)
-
-
-def report_path(out: str | pathlib.Path, file: str) -> pathlib.Path:
-    """Where the report of a shard is."""
-    return pathlib.Path(out, "parts", f"{file}.jsonl")
+            reports.append(report)
+    return record_folder.note(writer, sequences, left_out, named, reports)
 
 
 class _UselessError(Exception):
@@ -91,7 +78,9 @@ def _mapped(root: pathlib.Path, mesh: Mesh, report: dict[str, Any]) -> conformal
     except UserError as error:
         raise _UselessError("meshes that cannot be mapped", str(error)) from error
     quality = {"flipped": result.flipped, "distortion": result.distortion, "lost": result.lost}
-    report |= {name: round(min(value, 1e6), 6) for name, value in quality.items()} | {"iterations": result.iterations}
+    # Whatever is no number below a million, infinity and NaN too, is a million: JSON has no others.
+    report |= {name: round(value, 6) if value < 1e6 else 1e6 for name, value in quality.items()}
+    report |= {"iterations": result.iterations}
     if not conformal.accepted(result):
         count = round(result.flipped * len(face_Fx3))
         measured = f"{count} of {len(face_Fx3):,} faces flipped, mean quasi-conformal ratio {result.distortion:.3g}"

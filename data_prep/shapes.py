@@ -4,7 +4,8 @@ Reads FOLDER/<class>/<mesh>.ply (or .obj, .off, .npz): closed surfaces of genus 
 to the sphere without distortion of angles and stored with its heat-kernel signature, there on a grid of latitudes and
 longitudes. What is no such surface, or is mapped badly, is left out and named, with the reason; report.jsonl in RECORDS has
 a line for every mesh. Classes are numbered in the order of their names. The unit of work is a shard, as in data_prep.images: a
-run that was killed continues with the shards that are not finished.
+run that was killed continues with the shards that are not finished. Many machines share the work with --task I/N, and --merge
+(data_prep/tasks.py): which meshes are whose, and in which split, is a function of the names of all.
 
 With --layout cshrec11 the folder is the published data set: base/<class>/<mesh>.ply are the meshes, base_sphere/<class>/<mesh>.ply
 their maps to the sphere, vertex by vertex, and mobius_sphere/<class>/<mesh>/0.ply and so on these under random Möbius maps, which
@@ -21,10 +22,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
-from data_prep import mesh_files, record_folder, shape_shard
+from data_prep import mesh_files, parts, record_folder, shape_shard, tasks
 from niso import folders
 from niso.data import records
 from niso.errors import UserError
@@ -54,9 +56,11 @@ def prepare(
     without_maps: bool = False,
     workers: int = 1,
     shards: int | None = None,
+    task: str | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> records.Manifest:
-    """Makes what is missing of the records of a folder of meshes; returns their manifest.
+) -> records.Manifest | None:
+    """Makes what is missing of the records of a folder of meshes; returns their manifest (None from a task).
 
     Its facts are "classes", names in the order of their numbers, "maps", how many Möbius maps came with each mesh, and the "mean"
     and "std" of the signature's channels by the sphere's area, over the training meshes: those of the pixels of their randomly
@@ -74,11 +78,14 @@ def prepare(
         without_maps: do not look at the Möbius maps of the published data set.
         workers: processes; one means this one.
         shards: files per split, at most one per mesh; by default one per 5 meshes, at most 1024.
+        task: "I/N": make one N-th of the shards, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the shards of all tasks, and make the records of them: what one run would have left behind.
         progress: print progress (stderr) and the summary (stdout).
 
     Raises:
         UserError: see the message.
     """
+    share = tasks.parse(task, merge)
     record_folder.check(
         size,
         workers,
@@ -112,6 +119,8 @@ def prepare(
         units="meshes",
         changed=f"{root} has other meshes or Möbius maps than then, or others are excluded",
         empty="no usable mesh in split {split} (left out: {reasons}): are these closed surfaces of genus 0?",
+        flags={"root": root, "exclude": None if exclude is None else list(exclude), "without_maps": without_maps},
+        facts=lambda manifest: _facts(out, manifest, meshes),
     )
 
     def jobs(pending: record_folder.Plan[shape_shard.Mesh]) -> Iterator[shape_shard.Job]:
@@ -119,11 +128,11 @@ def prepare(
             yield shape_shard.Job(str(root), str(out), file, size, of_shard)
 
     def summarise(kept: record_folder.Kept) -> None:
-        for line in summary(_reports(out, target.plan), kept):
+        lines = (out / record_folder.REPORT).read_text(encoding="utf-8").splitlines()
+        for line in summary([json.loads(line) for line in lines], kept):
             print(line)
 
-    manifest = target.make(shape_shard.build, jobs, summarise, workers, progress)
-    return manifest if manifest.facts else _with_facts(out, manifest, meshes, target.plan)
+    return tasks.make(target, share, shape_shard.build, jobs, summarise, workers, progress)
 
 
 def find(
@@ -192,7 +201,7 @@ def _place(seed: int, mesh: shape_shard.Mesh) -> bytes:
     return hashlib.blake2b(f"{seed}/{mesh.category}/{mesh.name}".encode(errors="surrogateescape"), digest_size=8).digest()
 
 
-def summary(reports: shape_shard.Reports, kept: record_folder.Kept) -> list[str]:
+def summary(reports: parts.Reports, kept: record_folder.Kept) -> list[str]:
     """What became of the meshes, in a few lines."""
     lines = []
     for split, sequences in kept.items():
@@ -202,12 +211,9 @@ def summary(reports: shape_shard.Reports, kept: record_folder.Kept) -> list[str]
     good = [report for report in reports if report["accepted"]]
     if good:
         ratio_N, vertices_N = (np.array([report[key] for report in good]) for key in ("distortion", "vertices"))
-        seconds = np.mean([report["seconds"] for report in good])
         flipped = 100 * np.mean([report["flipped"] for report in good])
         even = 100 * np.mean(ratio_N < 1.3)
-        lines.append(
-            f"accepted: {len(good)} of {len(reports)} meshes, {seconds:.2f} s each, {vertices_N.mean():.0f} vertices on average"
-        )
+        lines.append(f"accepted: {len(good)} of {len(reports)} meshes, {vertices_N.mean():.0f} vertices on average")
         lines.append(
             f"quasi-conformal ratio: mean {ratio_N.mean():.3f}, below 1.3 for {even:.0f} %; flipped faces: {flipped:.3g} %"
         )
@@ -218,33 +224,15 @@ def summary(reports: shape_shard.Reports, kept: record_folder.Kept) -> list[str]
     return lines
 
 
-def _reports(out: pathlib.Path, plan: dict[str, record_folder.Plan[shape_shard.Mesh]]) -> shape_shard.Reports:
-    """A line for every mesh, in the order of the records."""
-    paths = [shape_shard.report_path(out, file) for files in plan.values() for file in files]
-    return [json.loads(line) for path in paths if path.exists() for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def _with_facts(
-    out: pathlib.Path,
-    manifest: records.Manifest,
-    meshes: dict[str, list[shape_shard.Mesh]],
-    plan: dict[str, record_folder.Plan[shape_shard.Mesh]],
-) -> records.Manifest:
-    """The manifest with its facts, written; and the report."""
-    reports = "".join(f"{json.dumps(report)}\n" for report in _reports(out, plan))
-    scratch = records.temporary(out / "report.jsonl")
-    scratch.write_text(reports, encoding="utf-8")
-    os.replace(scratch, out / "report.jsonl")
+def _facts(out: pathlib.Path, manifest: records.Manifest, meshes: dict[str, list[shape_shard.Mesh]]) -> dict[str, Any]:
+    """Those of `prepare`."""
     schema = records.surface(manifest.size)
-    reader = records.Reader(out, "train", {name: schema[name] for name in _MOMENTS})
+    reader = records.Reader(out, "train", {name: schema[name] for name in _MOMENTS}, manifest)
     found = [reader.read(one.shard, range(one.start, one.start + one.length))[0] for one in reader.sequences]
     mean_C, square_C = (np.mean([np.asarray(example[name]) for example in found], axis=0) for name in _MOMENTS)
     std_C = np.sqrt(np.maximum(square_C - mean_C**2, 0))
     maps = len(next(iter(meshes.values()))[0].moved)
-    facts = {"classes": sorted(meshes), "maps": maps, "mean": mean_C.tolist(), "std": std_C.tolist()}
-    whole = records.Manifest(**{**vars(manifest), "facts": facts})
-    whole.write(out)
-    return whole
+    return {"classes": sorted(meshes), "maps": maps, "mean": mean_C.tolist(), "std": std_C.tolist()}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -261,6 +249,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--without_maps", action="store_true", help="of cshrec11: do not look at mobius_sphere")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     parser.add_argument("--shards", type=int, help=f"files per split (one per {_MESHES_PER_SHARD} meshes, at most 1024)")
+    tasks.add_flags(parser)
     return record_folder.command_line(prepare, parser, argv)
 
 

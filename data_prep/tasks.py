@@ -1,10 +1,13 @@
 """A data preparation that many machines share: `--task I/N` makes one N-th of the shards, and `--merge` the records of them all.
 
 `parts/tasks.json` says among how many tasks a folder is shared, until they are merged.  Tasks need nothing of each other but the
-folder, which all of them see: they may run at once, one after the other, and again.
+folder, which all of them see: they may run at once, one after the other, and again.  What concerns all records, such as splits
+and the numbers of classes, each decides by itself, from names and lists that all of them read.
 
-Not for data_prep.mnist, which takes seconds, nor data_prep.homnist, which takes a minute or two and whose pixels are a machine's
-own: the rounding of its arithmetic is in them.
+The bytes are those of one run; of data_prep.shapes on machines of one kind, the rounding of whose arithmetic is in its records.
+
+Not for data_prep.mnist, which takes seconds, data_prep.homnist, which takes a minute or two, and data_prep.synthetic_co3d, whose
+videos are made up for tests.
 """
 
 import argparse
@@ -183,7 +186,9 @@ def _command(folder: Folder[W], *more: str) -> str:
     given |= {name: value for name, value in folder.options.items() if name not in given and name != "source"}
     words = ["python", "-m", f"data_prep.{folder.dataset}"]
     for name, value in given.items():
-        if value is not None:
+        if value is True:
+            words.append(f"--{name}")
+        elif value is not None and value is not False:
             words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     return shlex.join([*words, *more])
 

@@ -36,9 +36,8 @@ def noisy_pictures(root: pathlib.Path) -> pathlib.Path:
 
 
 def contents(out: pathlib.Path) -> dict[str, bytes]:
-    """Every file below out, but reports: they have timings."""
-    files = (path for path in sorted(out.rglob("*")) if path.is_file() and path.suffix != ".jsonl")
-    return {str(path.relative_to(out)): path.read_bytes() for path in files}
+    """Every file below out."""
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file()}
 
 
 def kill_in_the_third_shard(out: pathlib.Path, script: str, *arguments: object) -> dict[pathlib.Path, int]:

@@ -26,6 +26,7 @@ from niso.errors import RecordError, UserError
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
     "describe_shard", "encode", "read_index", "read_json", "still", "surface", "temporary", "write_index", "write_json",
+    "write_text",
 ]  # fmt: skip
 
 FORMAT = 1
@@ -44,12 +45,17 @@ def temporary(path: pathlib.Path) -> pathlib.Path:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Writes the value as JSON, as `write_text` does."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
     """Writes the file whole or not at all (temporary name, flush to disk, rename); UserError when it cannot."""
     path = pathlib.Path(path)
     scratch = temporary(path)
     try:
         with open(scratch, "w", encoding="utf-8") as file:
-            json.dump(value, file, indent=1, sort_keys=True, allow_nan=False)
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
@@ -205,17 +211,18 @@ def read_index(root: str | os.PathLike[str], split: str) -> tuple[Sequence, ...]
 
 
 class Reader:
-    """Random access to one split; may be pickled (to a worker process) and shared between threads.
+    """Random access to one split; may be pickled (to a worker process) and shared between threads.  A manifest that is not
+    written yet may be given.
 
     Files are opened when they are first read, at most half as many as the process may hold open; the least recently
     read one is closed when its last reader is done.
     """
 
-    def __init__(self, root: str | os.PathLike[str], split: str, schema: Schema):
+    def __init__(self, root: str | os.PathLike[str], split: str, schema: Schema, manifest: Manifest | None = None):
         self.root = pathlib.Path(root)
         self.split = split
         self.schema = schema
-        self.manifest = Manifest.read(root)
+        self.manifest = manifest or Manifest.read(root)
         if split not in self.manifest.splits:
             raise UserError(f"{root} has no split {split!r}, only {', '.join(sorted(self.manifest.splits))}")
         self._shards = {shard.file: shard for shard in self.manifest.splits[split]}
