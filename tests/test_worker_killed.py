@@ -3,6 +3,8 @@
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 from typing import Any
 
@@ -52,6 +54,27 @@ def worker_of(process: int) -> int | None:
         except (OSError, ValueError):
             continue
     return None
+
+
+def test_it_ends_when_the_one_that_it_reads_for_is_killed(tmp_path) -> None:
+    """Its memory would stay taken, and the pipes of its standard output open."""
+    root = write_records(tmp_path / "records", {"train": TRAIN, "test": TEST})
+    command = [sys.executable, "-c", "from tests import test_worker_killed; test_worker_killed.read_on()", root]
+    started = subprocess.Popen(command, cwd=runs.REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert started.stdout is not None and started.stdout.readline() == "reading\n"
+    assert worker_of(started.pid) is not None
+    started.kill()
+    assert runs.end(started, 20).code == -signal.SIGKILL  # once all that could write have ended
+
+
+def read_on() -> None:
+    """Has a worker process read ahead in the records that the command line names."""
+    flags.FLAGS.mark_as_parsed()
+    stream = pipeline.open_dataset(data(sys.argv[1], workers=1, prefetch=2))
+    with stream.train_batches(batch=2, seed=0, start=0, steps=10_000, rows=slice(None)) as batches_:
+        next(batches_)
+        print("reading", flush=True)
+        time.sleep(100)
 
 
 @pytest.mark.slow

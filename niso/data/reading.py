@@ -3,6 +3,7 @@
 What is being read is known to whoever waits for it, and a worker process says what takes long by itself.
 """
 
+import multiprocessing
 import os
 import platform
 import sys
@@ -67,7 +68,9 @@ class Reading:
         """
         if self._in_worker and self._watchdog is None:
             with self._lock:
-                self._watchdog = self._watchdog or Watchdog(self.begun, _describe, self.limit)
+                if self._watchdog is None:
+                    self._watchdog = Watchdog(self.begun, _describe, self.limit)
+                    threading.Thread(target=_end_with_parent, name="niso-parent", daemon=True).start()
         errors: list[RecordError] = []
         thread = threading.get_ident()
         for number in range(item, item + min(IN_A_ROW, size)):
@@ -97,6 +100,13 @@ class Reading:
             for line in {str(error): None for error in errors if str(error) not in self._said}:
                 self._said.add(line)
                 print(f"niso: skipped: {line}; {consequence}", file=sys.stderr, flush=True)
+
+
+def _end_with_parent() -> None:
+    """Ends this worker process once the one that it reads for is gone: killed, that one could not, and grain's workers stay."""
+    if (parent := multiprocessing.parent_process()) is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _describe(name: str, seconds: float) -> str:
