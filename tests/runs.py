@@ -1,14 +1,4 @@
-"""Runs of niso in processes of their own, for tests that kill, divide and resume them.
-
-`python -m tests.runs HOOK ... -- ARGUMENT ...` is `python -m niso.main ARGUMENT ...` with something happening on the way:
-
-  kill=N         the process kills itself (SIGKILL) right after update N was sent off and earlier checkpoints are written
-  kill_commit=N  ... in the moment in which the checkpoint of step N would get its final name
-  term=N         it sends itself SIGTERM after update N, as a machine does that is taken away; `end`: when all is done and saved
-  full=N:SIZE    after update N, earlier checkpoints being written, no file can grow beyond SIZE bytes, as on a disk that is full
-  rows=FILE      FILE gets, for every batch, {row of the global batch: checksum} of the rows this process read
-  counts=FILE    FILE gets, for every read of metrics, [name, number of examples counted] of one of them
-"""
+"""Runs of niso in processes of their own, for tests that kill, divide and resume them; what happens on the way: tests/hooks.py."""
 
 import atexit
 import dataclasses
@@ -16,17 +6,13 @@ import functools
 import json
 import os
 import pathlib
-import resource
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import time
-import zlib
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
@@ -95,7 +81,7 @@ def start(
     """
     tiny = OPERATOR if config == "toric_laplacian" else TINY | {"data.records": tiny_records()}
     overrides = tiny | {k.replace("__", "."): v for k, v in changes.items()}
-    command = [sys.executable, "-m", "tests.runs", *hooks, "--", f"--config=configs/{config}.py:quick", f"--workdir={workdir}"]
+    command = [sys.executable, "-m", "tests.hooks", *hooks, "--", f"--config=configs/{config}.py:quick", f"--workdir={workdir}"]
     command += [f"--config.{key}={value}" for key, value in overrides.items()] + list(arguments)
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices)}
     if not optimize:
@@ -116,13 +102,14 @@ def run(workdir: pathlib.Path, *arguments: str, **options: Any) -> Ended:
 
 
 def start_pair(
-    workdir: pathlib.Path, hooks: tuple[Sequence[str], Sequence[str]] = ((), ()), devices: int = 2, **options: Any
-) -> list[subprocess.Popen]:
+    workdir: pathlib.Path, hooks: tuple[Sequence[str], Sequence[str]] = ((), ()), devices: int = 2,
+    arguments: Sequence[str] = (), **options: Any,
+) -> list[subprocess.Popen]:  # fmt: skip
     """The same run as two processes with two devices each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = ("--processes=2", f"--coordinator=127.0.0.1:{port}")
+    flags = (*arguments, "--processes=2", f"--coordinator=127.0.0.1:{port}")
     return [start(workdir, *flags, f"--process_id={i}", hooks=hooks[i], devices=devices, **options) for i in range(2)]
 
 
@@ -150,7 +137,14 @@ def arrays(workdir: pathlib.Path, step: int) -> dict[str, np.ndarray]:
         tree = reader.metadata(path).item_metadata.tree
         plain = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
         restored = reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=plain))
-    leaves = jax.tree_util.tree_flatten_with_path(restored)[0]
+    return named(restored)
+
+
+def named(tree: Any) -> dict[str, np.ndarray]:
+    """Every array of a tree, by path."""
+    import jax
+
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(where, simple=True, separator="."): np.asarray(leaf) for where, leaf in leaves}
 
 
@@ -200,97 +194,3 @@ def spoil(checkpoint: pathlib.Path) -> None:
 def snapshot(workdir: pathlib.Path) -> dict[str, tuple[int, int]]:
     """Time of change and size of everything below a folder."""
     return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in [workdir, *workdir.rglob("*")]}
-
-
-def _install(name: str, value: str, checkpoints: pathlib.Path) -> None:
-    from niso import metrics, sharding
-    from niso.checkpoint import Checkpoints
-    from niso.telemetry import Telemetry
-
-    def die() -> NoReturn:
-        os.kill(os.getpid(), signal.SIGKILL)
-        signal.pause()
-        raise AssertionError
-
-    if (name, value) == ("term", "end"):
-        close = Checkpoints.close
-
-        def then(self: Checkpoints, failed: bool = False) -> None:
-            close(self, failed)
-            os.kill(os.getpid(), signal.SIGTERM)
-
-        Checkpoints.close = then  # type: ignore[method-assign]
-    elif name in ("kill", "term", "full"):
-        tick, (at, _, size) = Telemetry.tick, value.partition(":")
-        left = set(checkpoints.iterdir()) if checkpoints.exists() else set()  # half-written, by a process that was ended
-
-        def after(self: Telemetry, step: int) -> None:
-            tick(self, step)
-            if step != int(at):
-                return
-            while name != "term" and any(not path.name.isdigit() for path in {*checkpoints.iterdir()} - left):
-                time.sleep(0.01)
-            if name == "full":
-                resource.setrlimit(resource.RLIMIT_FSIZE, (int(size), resource.RLIM_INFINITY))  # Python ignores SIGXFSZ
-            else:
-                die() if name == "kill" else os.kill(os.getpid(), signal.SIGTERM)
-
-        Telemetry.tick = after  # type: ignore[method-assign]
-    elif name == "kill_commit":
-        for function in ("rename", "replace"):
-            move = getattr(os, function)
-            setattr(os, function, lambda a, b, move=move, **o: die() if pathlib.Path(b).name == value else move(a, b, **o))
-    elif name == "rows":
-        place = sharding.place_batch
-
-        def record(shardings: Any, batch: dict[str, np.ndarray], size: int) -> Any:
-            mesh = shardings["weight_B"].mesh
-            sums = [zlib.crc32(b"".join(batch[key][i].tobytes() for key in sorted(batch))) for i in range(len(batch["weight_B"]))]
-            with open(value, "a") as file:
-                file.write(json.dumps(dict(zip(sharding.host_rows(mesh, size), sums, strict=True))) + "\n")
-            return place(shardings, batch, size)
-
-        sharding.place_batch = record  # type: ignore[assignment]
-    elif name == "counts":
-        read = metrics.values
-
-        def count(measured: metrics.Metrics) -> dict[str, float]:
-            found = "equivariance_error" if "equivariance_error" in measured else "loss"
-            with open(value, "a") as file:
-                file.write(json.dumps([found, float(measured[found].count)]) + "\n")
-            return read(measured)
-
-        metrics.values = count  # type: ignore[assignment]
-    else:
-        raise ValueError(name)
-
-
-def _keep_all_programs() -> None:
-    """Compiled programs of every process are kept where process 0's are: jax keeps those alone, for fear of slow file systems,
-    while every process has names of its own for them."""
-    from jax._src import compiler
-
-    keep, state = compiler._cache_write, compiler.distributed.global_state
-
-    def keep_as_first(*arguments: Any, **options: Any) -> None:
-        me, state.process_id = state.process_id, 0
-        try:
-            keep(*arguments, **options)
-        finally:
-            state.process_id = me
-
-    compiler._cache_write = keep_as_first
-
-
-if __name__ == "__main__":
-    split = sys.argv.index("--")
-    from niso.main import main
-
-    _keep_all_programs()
-
-    given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
-    for hook in sys.argv[1:split]:
-        kind, _, what = hook.partition("=")
-        _install(kind, what, pathlib.Path(given["--workdir"]) / "checkpoints")
-    sys.argv[1:] = sys.argv[split + 1 :]
-    sys.exit(main())
