@@ -32,6 +32,7 @@ class Accidents:
     ):  # fmt: skip
         self.workdir, self.processes, self.draw = workdir, processes, draw
         self._check, self.survived = check, survived
+        self.changed = False
 
     @property
     def ready(self) -> bool:
@@ -148,9 +149,14 @@ class Accidents:
         said = re.search(r"; (?:resuming at|from) step (\d+)", "".join(one.out for one in ended))
         self.check(said is None or int(said[1]) == before, f"went on from {said and said[1]}, not from {before}")
 
-    def start(self, **options: Any) -> list[subprocess.Popen]:
-        options |= {"config": "toric_laplacian", "devices": 1}
-        return [runs.start(self.workdir, **options)] if self.processes == 1 else runs.start_pair(self.workdir, **options)
+    def start(self, changed: bool = False, **options: Any) -> list[subprocess.Popen]:
+        """The processes of the run; `changed`: from now on under a config that may be another than that of the checkpoint."""
+        self.changed |= changed
+        accept = ("--accept_config_changes",) * self.changed
+        options = {"config": "toric_laplacian", "devices": 1} | options
+        if self.processes == 1:
+            return [runs.start(self.workdir, *accept, **options)]
+        return runs.start_pair(self.workdir, arguments=accept, **options)
 
     def start_until(self, moment: str) -> list[subprocess.Popen]:
         """The processes of the run at that moment, or at their end if that comes first."""

@@ -1,8 +1,10 @@
 """Accidents in great number: `nice python -m tests.campaign --minutes=30 --kills=100 --terms=20` prints a table at the end.
 
 Runs of one process and of two, some side by side, are killed (SIGKILL) at random moments, many of them in the midst of saving,
-told to leave (SIGTERM), stopped for a while, given damaged files and a full disk, and started again with the same command
-until they are done. Each must end with the bytes of a run that nothing happened to: parameters, optimiser state, metrics.jsonl.
+told to leave (SIGTERM), stopped for a while, given damaged files and records, a full disk, a loss that is not finite, and
+readers of data that are killed or stuck; and started again until they are done. Each must end with the bytes of a run that nothing
+happened to: parameters, optimiser state, metrics.jsonl. At the end runs go on with other devices and processes, and with records
+skipped (tests/detours.py).
 The exit code is 1 if anything was wrong, or if not all has happened that was asked for.
 """
 
@@ -22,7 +24,9 @@ import time
 from collections.abc import Callable, Iterator
 
 from tests import runs
-from tests.accidents import KILL, LEAVE, OTHERS, PATIENCE, STEPS, Accidents, newest
+from tests.accidents import KILL, LEAVE, PATIENCE, STEPS, newest
+from tests.accidents_of_data import OTHERS, AccidentsOfData
+from tests.detours import DETOURS, Detours
 
 SHARE = 0.22  # of the kills and of the orders to leave, those of runs of two processes, which take twice as long
 COUNTED = (KILL, LEAVE)
@@ -30,7 +34,7 @@ COUNTED = (KILL, LEAVE)
 
 class Campaign:
     """What has happened so far, in `folder`, and what is still to happen: so many kills and orders to leave, and each other
-    accident once to a run of one process and once to one of two."""
+    accident once to a run of one process and once to one of two; then the detours, each once."""
 
     def __init__(self, folder: pathlib.Path, kills: int, terms: int, seconds: float, seed: int, jobs: int = 1):
         self.folder, self.seed, self.jobs = folder, seed, jobs
@@ -39,6 +43,7 @@ class Campaign:
         self.wanted = {(what, 2): pairs[what] for what in COUNTED}
         self.wanted |= {(what, 1): total - pairs[what] for what, total in zip(COUNTED, (kills, terms), strict=True)}
         self.others = {processes: list(OTHERS[processes]) for processes in (1, 2)}  # those still to come
+        self.detours = list(DETOURS)  # the same
         self.counted: collections.Counter[tuple[str, int]] = collections.Counter()  # kills and orders to leave, of any kind
         self.count: collections.Counter[tuple[str, int]] = collections.Counter()  # of everything, as in the table
         self.seconds: collections.Counter[tuple[str, int]] = collections.Counter()
@@ -47,13 +52,14 @@ class Campaign:
         self.lock, self.numbers = threading.Lock(), itertools.count()
 
     def run(self) -> None:
-        """Runs of one process and of two, `jobs` at a time, until all has happened or time is over."""
+        """Runs of one process and of two, `jobs` at a time, until all has happened or time is over; and then the detours."""
         runs.folder()  # once, before there are threads
         unbroken = [lambda n=n: self._guarded(self._unbroken, n) for n in (1, 2)]
         for some in [unbroken] if self.jobs > 1 else [[one] for one in unbroken]:
             self._side_by_side(some)
         # The first job takes runs of two processes as long as there is something to happen to those.
         self._side_by_side([lambda first=job == 0: self._work(2 if first else 1) for job in range(self.jobs)])
+        self._side_by_side([self._go_elsewhere] * self.jobs)
 
     def _side_by_side(self, jobs: list[Callable[[], None]]) -> None:
         threads = [threading.Thread(target=job) for job in jobs]
@@ -71,7 +77,23 @@ class Campaign:
                 number = next(self.numbers)
             self._guarded(self._life, processes, number)
 
-    def _guarded(self, act: Callable[..., None], *arguments: int) -> None:
+    def _go_elsewhere(self) -> None:
+        while not self._over():
+            with self.lock:
+                if not self.detours:
+                    return
+                detour = self.detours.pop(0)
+            self._guarded(self._detour, detour)
+
+    def _detour(self, name: str) -> None:
+        begun, processes = time.monotonic(), 2 if name == "in_one_process" else 1
+        what = getattr(Detours(self.folder, self.check), name)()
+        with self.lock:
+            self.count[what, processes] += 1
+            self.seconds[what, processes] += time.monotonic() - begun
+            print(what, flush=True)
+
+    def _guarded(self, act: Callable[..., None], *arguments: int | str) -> None:
         try:
             act(*arguments)
         except Exception as error:  # one life less; the others go on, and the end is not a success
@@ -81,8 +103,8 @@ class Campaign:
         with self.timed("unbroken", processes):
             self.accidents(processes, f"unbroken-{processes}", random.Random()).finish()
 
-    def accidents(self, processes: int, name: str, draw: random.Random) -> Accidents:
-        return Accidents(self.folder / name, processes, draw, self.check, self.survived)
+    def accidents(self, processes: int, name: str, draw: random.Random) -> AccidentsOfData:
+        return AccidentsOfData(self.folder / name, processes, draw, self.check, self.survived)
 
     def _life(self, processes: int, number: int) -> None:
         """One run from its first step to its last, with accidents on the way."""
@@ -160,6 +182,7 @@ class Campaign:
         """What was asked for and has not happened."""
         found = [f"{self.left(*one)} x {one[0]} ({one[1]})" for one in self.wanted if self.left(*one) > 0]
         found += [f"{other} ({processes})" for processes, rest in self.others.items() for other in rest]
+        found += self.detours
         ended = [n for n in (1, 2) if not self.count["ended with the same bytes", n]]
         return [*found, *(f"no run of {n} ended with the same bytes" for n in ended)]
 

@@ -14,29 +14,41 @@ COMPARED = 5  # updates
 TRAVELLED = 1e-3 * (1 / 4 + 2 / 4 + 3 / 4 + 1 + 1)
 
 
-def bound(state: dict[str, np.ndarray], name: str) -> np.ndarray:
-    """How far rounding alone can move each entry of a parameter in five updates of AdamW.
+def bound(
+    state: dict[str, np.ndarray], name: str, step: int = COMPARED, updates: int = COMPARED, travelled: float = TRAVELLED
+) -> np.ndarray:
+    """How far rounding alone can move each entry of a parameter in some updates of AdamW, the last of which is `step`.
+
+    `travelled` is the sum of their learning rates.
 
     Sums taken in another order change a gradient by some multiple of 2⁻²⁴ of the largest gradient G anywhere (what is summed
     is of that size, through the network's layers; 38 were measured at most, 256 are allowed). Adam divides by the entry's own
     root mean square r: an update of size lr changes by lr · 256 · 2⁻²⁴ · G / r, and by 2 lr at most, for entries that have no
     gradient but rounding. To this comes the last bit of the parameter itself, in each update.
     """
-    rms = {n: np.sqrt(a / (1 - 0.999**COMPARED)) for n, a in state.items() if ".nu." in n}
+    rms = {n: np.sqrt(a / (1 - 0.999**step)) for n, a in state.items() if ".nu." in n}
     largest = max(r.max() for r in rms.values())
     own = next(r for n, r in rms.items() if n.endswith(f".nu.{name}"))
-    last_bit = COMPARED * 2.0**-23 * np.abs(state[f"params.{name}"])
-    return TRAVELLED * np.minimum(2, 256 * 2.0**-24 * largest / (own + 1e-8)) + last_bit
+    last_bit = updates * 2.0**-23 * np.abs(state[f"params.{name}"])
+    return travelled * np.minimum(2, 256 * 2.0**-24 * largest / (own + 1e-8)) + last_bit
+
+
+def excess(ours: dict[str, np.ndarray], reference: dict[str, np.ndarray], **options: Any) -> dict[str, np.ndarray]:
+    """How far each entry of each parameter is from the reference's, as a share of its `bound`."""
+    names = [name.removeprefix("params.") for name in reference if name.startswith("params.")]
+    return {
+        name: np.abs(ours[f"params.{name}"].astype(float) - reference[f"params.{name}"]) / bound(reference, name, **options)
+        for name in names
+    }
 
 
 def assert_equal_within_rounding(workdir: pathlib.Path) -> None:
     """After five updates, with the run on one device."""
     ours, reference = runs.arrays(workdir, COMPARED), runs.arrays(runs.unbroken(), COMPARED)
     earlier, entries, tight, moved = runs.arrays(runs.unbroken(), 10), 0, 0, 0
-    for name in [name.removeprefix("params.") for name in reference if name.startswith("params.")]:
+    for name, share in excess(ours, reference).items():
         limit, value = bound(reference, name), reference[f"params.{name}"]
-        excess = np.abs(ours[f"params.{name}"].astype(float) - value) / limit
-        assert excess.max() <= 1, (name, excess.max())
+        assert share.max() <= 1, (name, share.max())
         entries, tight = entries + limit.size, tight + int(np.sum(limit < TRAVELLED / 1000))
         moved += int(np.sum(np.abs(earlier[f"params.{name}"] - value) > limit))
     # The bound says something: it is a thousandth of the way for most, and five updates more would break it nearly everywhere.
