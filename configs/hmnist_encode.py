@@ -8,11 +8,13 @@ Cost: the paper reports 30 minutes on one A6000 for 50,000 steps of 16 pairs.
 
   python -m data_prep.mnist --root MNIST --out records/mnist
   python -m niso.main --config=configs/hmnist_encode.py --config.seeds=5
+  python -m niso.main --config=configs/hmnist_encode.py:paper-pairs --config.seeds=5
 
 A variant is a size, and after a dash one arm of table 1: `triplets` (the default: each map is applied to the other pair of
 ψ, Tψ, T²ψ), `pairs`, `without_equivariance` (pairs without L_E), `without_multiplicity` (pairs without L_M), `autoencoder`
-(reconstruction alone). Sizes: `paper`; `small`, on MNIST, minutes an arm on a CPU (README, results); `quick`, scikit-learn's own
-digits (pip install -e '.[samples]'), three and a half minutes on one core with its head, no data needed:
+(reconstruction alone). Sizes: `paper`; `small`, on MNIST, minutes a seed on a CPU, pairs' L_E relative to the latents' spread
+(README, results); `quick`, scikit-learn's own digits (pip install -e '.[samples]'), three and a half minutes on one core with its
+head, no data needed:
 
   python -m niso.main --config=configs/hmnist_encode.py:small-pairs --config.seeds=3
   python -m niso.main --config=configs/hmnist_encode.py:quick && python -m niso.main --config=configs/hmnist_pred.py:quick

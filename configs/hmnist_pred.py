@@ -10,6 +10,8 @@ It goes on from the run of the same variant of hmnist_encode, in the folder that
 
   python -m niso.main --config=configs/hmnist_encode.py --config.seeds=5
   python -m niso.main --config=configs/hmnist_pred.py --config.seeds=5
+  python -m niso.main --config=configs/hmnist_encode.py:paper-pairs --config.seeds=5
+  python -m niso.main --config=configs/hmnist_pred.py:paper-pairs --config.seeds=5
   python -m niso.report runs/hmnist_*
 
 `small`: minutes on a CPU, 2,000 of the 320,000 test images. Quick: scikit-learn's own digits, no data needed:

@@ -303,6 +303,10 @@ def test_variants_are_sizes_and_arms() -> None:
     pairs = hmnist_encode.get_config("paper-pairs")
     assert (pairs.task.regime, pairs.task.alpha, pairs.task.beta, pairs.task.widths) == ("pairs", 0.5, 0.1, (128, 256))
     assert hmnist_encode.get_config("paper-without_multiplicity").task.beta == 0.0
+    # L_E is the paper's, but for pairs at `small`; the weights are the paper's there too.
+    relative = {name for name in hmnist_encode.VARIANTS if hmnist_encode.get_config(name).task.equivariance == "relative"}
+    assert relative == {"small-pairs", "small-without_equivariance", "small-without_multiplicity"}
+    assert hmnist_encode.get_config("small-pairs").task.beta == hmnist_encode.get_config("small").task.beta == 0.1
     assert hmnist_pred.get_config("small-pairs").task.warm_start == (("(encoder|operator)/.*", "runs/hmnist_encode-small-pairs"),)
     assert hmnist_pred.get_config().data.test_examples == 320_000
     with pytest.raises(UserError, match="no variant 'small-quads'"):
