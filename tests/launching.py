@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -17,6 +18,8 @@ LAUNCH = ROOT / "launch"
 
 
 def shell(*command: str, cwd: pathlib.Path = ROOT, **environment: str) -> subprocess.Popen:
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # where a script has begun the tests in the background, children too
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = os.environ | {"BACKOFF": "0", "PYTHON": sys.executable}
     return subprocess.Popen(
         command, cwd=cwd, env=plain | environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
