@@ -1,14 +1,17 @@
-"""Runs of a data preparation that are killed, and what folders of records hold."""
+"""Runs of a data preparation that are killed, shared or refused, and what folders of records hold."""
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
+import pytest
 from PIL import Image
 
 _REPO = pathlib.Path(__file__).parents[1]
@@ -65,3 +68,20 @@ def check_a_killed_run(
     again()
     assert contents(out) == unbroken
     assert all(os.stat(path).st_mtime_ns == before for path, before in done.items()), "finished shards were made again"
+
+
+def by_two_tasks(prepare: Callable[..., Any], root: pathlib.Path, out: pathlib.Path, **options: Any) -> pathlib.Path:
+    """The folder that two tasks have made, not merged."""
+    for number in range(2):
+        assert prepare(root, out, task=f"{number}/2", **options) is None
+    return out
+
+
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: str) -> str:
+    """The one line with which a command is refused; the lines of its progress are not counted."""
+    capsys.readouterr()
+    assert main(list(arguments)) == 2
+    said = capsys.readouterr()
+    (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ shards, ", line)]
+    assert said.out == ""
+    return line

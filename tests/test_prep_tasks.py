@@ -15,7 +15,7 @@ from data_prep import co3d, image_shard, images, parts, tasks
 from niso.data import datasets, records, stream
 from niso.errors import UserError
 from tests import co3d_tree
-from tests.prep_runs import check_a_killed_run, contents, noisy_pictures
+from tests.prep_runs import by_two_tasks, check_a_killed_run, contents, noisy_pictures, refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
 SIZE = 4
@@ -40,10 +40,7 @@ def unbroken(tree, tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def two_tasks(tree, tmp_path_factory) -> pathlib.Path:
     """What two tasks leave behind before they are merged; not to be changed."""
-    out = tmp_path_factory.mktemp("shared") / "records"
-    for number in range(2):
-        assert images.prepare(tree, out, task=f"{number}/2", **PICTURES) is None
-    return out
+    return by_two_tasks(images.prepare, tree, tmp_path_factory.mktemp("shared") / "records", **PICTURES)
 
 
 @pytest.fixture
@@ -58,12 +55,7 @@ def run(tree, out, *more: str) -> int:
 
 def refused(capsys, tree, out, *more: str) -> str:
     """The one line with which it is refused."""
-    capsys.readouterr()
-    assert run(tree, out, *more) == 2
-    said = capsys.readouterr()
-    (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ shards, ", line)]  # but for the progress
-    assert said.out == ""
-    return line
+    return refusal(capsys, images.main, "--root", str(tree), "--out", str(out), *FLAGS, *more)
 
 
 def obey(line: str, task: int | None = None) -> None:

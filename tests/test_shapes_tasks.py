@@ -11,7 +11,7 @@ import pytest
 
 from data_prep import parts, shape_shard, shapes
 from niso.data import datasets, records, stream
-from tests.prep_runs import check_a_killed_run, contents
+from tests.prep_runs import by_two_tasks, check_a_killed_run, contents, refusal
 from tests.shape_trees import CLASSES, EVERYTHING, SIZE, pebble, write_npz, write_tree
 from tests.toy_records import message
 
@@ -40,10 +40,7 @@ def unbroken(tree, tmp_path_factory) -> dict[str, bytes]:
 @pytest.fixture(scope="module")
 def two_tasks(tree, tmp_path_factory) -> pathlib.Path:
     """What two tasks leave behind before they are merged; not to be changed."""
-    out = tmp_path_factory.mktemp("shared") / "records"
-    for number in range(2):
-        assert shapes.prepare(tree, out, task=f"{number}/2", **EVERYTHING) is None
-    return out
+    return by_two_tasks(shapes.prepare, tree, tmp_path_factory.mktemp("shared") / "records", **EVERYTHING)
 
 
 @pytest.fixture
@@ -54,12 +51,7 @@ def out(two_tasks, tmp_path) -> pathlib.Path:
 
 def refused(capsys, tree, out, *more: str) -> str:
     """The one line with which it is refused."""
-    capsys.readouterr()
-    assert shapes.main(["--root", str(tree), "--out", str(out), *FLAGS, *more]) == 2
-    said = capsys.readouterr()
-    (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ shards, ", line)]  # but for the progress
-    assert said.out == ""
-    return line
+    return refusal(capsys, shapes.main, "--root", str(tree), "--out", str(out), *FLAGS, *more)
 
 
 def obey(command: str) -> None:
