@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
 
-from niso import __version__, checkpoint_files, config, folders
+from niso import __version__, checkpoint_files, config
 from niso.checkpoint_files import FOLDER, DamagedError
 from niso.errors import UserError
 from niso.step import Program, TrainState
@@ -43,7 +43,7 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int, *, for_good: bool = False):
-        self.folder = folders.named(workdir, "workdir").absolute() / FOLDER
+        self.folder = Path(workdir).absolute() / FOLDER
         self._made = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ import contextlib
 
 import jax
 
-from niso import checkpoint, metrics, sharding, warm_start
+from niso import checkpoint, folders, metrics, sharding, warm_start
 from niso.checkpoint import Checkpoints
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
@@ -28,6 +28,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False, *, f
     Raises:
       UserError: anything a user can put right.
     """
+    workdir = str(folders.named(workdir, "workdir"))
     checkpoints = Checkpoints(workdir, experiment.checkpoint.keep, for_good=for_good)
     with contextlib.ExitStack() as stack:
         stack.push(lambda kind, *_: checkpoints.close(failed=kind is not None))

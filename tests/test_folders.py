@@ -8,8 +8,7 @@ import pytest
 
 from configs import hmnist_pred
 from data_prep import co3d, homnist, images, mnist, shapes
-from niso import folders
-from niso.checkpoint import Checkpoints
+from niso import folders, train
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
 from niso.errors import UserError
@@ -17,16 +16,20 @@ from niso.errors import UserError
 URL = "gs://bucket/folder"
 
 
-def dataset(**changes: str) -> Any:
+def experiment(**changes: str) -> Experiment:
     config = hmnist_pred.get_config("quick")
     config.data.update(changes, test_copies=1)
-    return open_dataset(Experiment.from_config(config).data)
+    return Experiment.from_config(config)
+
+
+def dataset(**changes: str) -> Any:
+    return open_dataset(experiment(**changes).data)
 
 
 @pytest.mark.parametrize(
     "what,call",
     [
-        ("workdir", lambda: Checkpoints(URL, 1)),
+        ("workdir", lambda: train.run(experiment(), URL)),
         ("config.data.records", lambda: dataset(twin="", records=URL)),
         ("config.data.test_records", lambda: dataset(twin="tiny", test_records=URL)),
         ("--root", lambda: images.prepare(URL, "records")),
@@ -53,3 +56,18 @@ def test_of_homnist_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch)
 def test_other_folders_are_taken_as_they_are() -> None:
     assert folders.named("~/runs", "workdir") == pathlib.Path.home() / "runs"
     assert folders.named("a:/b", "workdir") == pathlib.Path("a:/b")
+
+
+def test_all_of_a_run_is_in_one_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its name begins with ~, which no shell expands behind --workdir=."""
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    asked: list[str] = []
+
+    def stop(workdir: str, *_: Any, **__: Any) -> None:
+        asked.append(workdir)
+        raise UserError("enough")
+
+    monkeypatch.setattr(train, "Checkpoints", stop)
+    with pytest.raises(UserError, match="enough"):
+        train.run(experiment(), "~/run")
+    assert asked == [str(tmp_path / "home/run")]
