@@ -2,11 +2,13 @@
 
   python -m tests.benchmarks.train_step --batch 8 --dtype bfloat16 --json step.json
   python -m tests.benchmarks.train_step --configs pose_encode --set task.ridge=1e-4 task.group=SO
+  python -m tests.benchmarks.train_step --configs pose_encode --as_published
 
 The `paper` variant on random frames: no records are read. Memory and TFLOP/s are those of one device; GFLOP is the whole step's
 mathematics, without what rematerialisation does twice. MFU is TFLOP/s over a peak: that of a matmul in the network's dtype,
 measured in the same run, and the one that its vendor publishes (niso/hardware.py). The persistent compilation cache, if it is
-on, makes compile_s the time to read it.
+on, makes compile_s the time to read it. With --as_published a second row is the published step (published_step.py), which takes
+turns with niso's own; its `ratio` is the median over the rounds of its time over that of niso's, `ratios` has all of them.
 """
 
 import argparse
@@ -16,9 +18,10 @@ import difflib
 import functools
 import importlib
 import pathlib
+import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -32,7 +35,7 @@ from niso import cost, hardware, sharding
 from niso.config import Experiment, flat
 from niso.errors import UserError
 from niso.step import Program, TrainState
-from tests.benchmarks import timing
+from tests.benchmarks import published_step, timing
 
 # Products in a row between two looks at the clock, and the edges of the matmuls whose fastest is the measured peak.
 PEAK_ON_CPU = (1, (1024, 2048))
@@ -128,11 +131,25 @@ def matmul_peak(dtype: str) -> float:
     return max(count * 2 * size**3 / min(taken) / 1e9 for size, taken in times.items())
 
 
-def measure(name: str, e: Experiment, rounds: int) -> dict[str, Any]:
-    """One row of the table."""
+def measure(experiments: Mapping[str, Experiment], rounds: int) -> list[dict[str, Any]]:
+    """A row of the table for each experiment; their steps take turns. All but the first have ratios of their time to its."""
+    rows, steps = {}, {}
+    for name, e in experiments.items():
+        rows[name], steps[name] = prepare(name, e)
+    times = timing.times_ms(steps, rounds)
+    own, *others = experiments
+    for name, e in experiments.items():
+        rows[name] |= speed(e, rows[name]["gflop"] / rows[name]["devices"], statistics.median(times[name]))
+    for name in others:
+        ratios = [other_ms / own_ms for other_ms, own_ms in zip(times[name], times[own], strict=True)]
+        rows[name] |= {"ratio": statistics.median(ratios), "ratios": ratios}
+    return list(rows.values())
+
+
+def prepare(name: str, e: Experiment) -> tuple[dict[str, Any], Callable[[], Any]]:
+    """(what a row says before anything has run, the compiled step on its own state and a random batch)."""
     mesh = sharding.make_mesh(e.mesh)
     p = program(e, mesh)
-    flops = step_flops(e)
     start = time.perf_counter()
     lowered = p.train.lower(p.state_shapes, p.batch_shapes)
     lower_s = time.perf_counter() - start
@@ -147,30 +164,42 @@ def measure(name: str, e: Experiment, rounds: int) -> dict[str, Any]:
         state, window = compiled(state, batch)
         return state, window
 
-    step_ms = timing.median_ms({"step": step}, rounds)["step"]
-    dtype = getattr(e.task, "dtype", "float32")
-    tflops = flops / mesh.size / step_ms / 1e9
-    peak = matmul_peak(dtype)
-    chip = hardware.find(jax.devices()[0].device_kind)
-    nominal = chip.peak(dtype) / 1e12 if chip else None
     return {
-        "config": name, "dtype": dtype, "batch": e.batch, "remat": getattr(e.task, "remat", None), "devices": mesh.size,
-        "lower_s": lower_s, "compile_s": compile_s, "step_ms": step_ms,
+        "config": name, "dtype": _dtype(e), "batch": e.batch, "remat": getattr(e.task, "remat", None), "devices": mesh.size,
+        "lower_s": lower_s, "compile_s": compile_s,
         "temporary_bytes": memory and memory.temp_size_in_bytes, "argument_bytes": memory and memory.argument_size_in_bytes,
-        "gflop": flops / 1e9, "tflops": tflops, "peak_tflops": peak, "mfu": tflops / peak,
+        "gflop": step_flops(e) / 1e9,
+    }, step  # fmt: skip
+
+
+def speed(e: Experiment, gflop: float, step_ms: float) -> dict[str, Any]:
+    """What a row says of a step that takes `step_ms`, of which one device does `gflop`: TFLOP/s, and shares of the peaks."""
+    tflops = gflop / step_ms
+    peak = matmul_peak(_dtype(e))
+    chip = hardware.find(jax.devices()[0].device_kind)
+    nominal = chip.peak(_dtype(e)) / 1e12 if chip else None
+    return {
+        "step_ms": step_ms, "tflops": tflops, "peak_tflops": peak, "mfu": tflops / peak,
         "nominal_tflops": nominal, "mfu_nominal": nominal and tflops / nominal,
     }  # fmt: skip
 
 
-def print_row(row: dict[str, Any]) -> None:
-    """A row of `measure`, in the units of the table."""
+def _dtype(e: Experiment) -> str:
+    return getattr(e.task, "dtype", "float32")
+
+
+def print_row(row: dict[str, Any], widths: Sequence[int]) -> None:
+    """A row of `measure`, in the units of the table, and below it how its time compares."""
     shown = row | {"peak": row["peak_tflops"], "nominal": row["nominal_tflops"]}
     for column, field, scale in (
         ("temporary_mb", "temporary_bytes", 1e-6), ("argument_mb", "argument_bytes", 1e-6), ("mfu_%", "mfu", 100.0),
         ("mfu_nominal_%", "mfu_nominal", 100.0),
     ):  # fmt: skip
         shown[column] = None if row[field] is None else scale * row[field]
-    timing.print_line([shown[column] for column in COLUMNS], list(COLUMNS.values()))
+    timing.print_line([shown[column] for column in COLUMNS], widths)
+    if "ratio" in row:
+        low, ratio, high = (timing.readable(float(value)) for value in (min(row["ratios"]), row["ratio"], max(row["ratios"])))
+        print(f"{row['config']}: {ratio} times the step time of niso's own ({low} to {high} over the rounds)", flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -182,13 +211,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     settings += ["task.remat=True"] if arguments.remat else []
     chosen = names() if arguments.configs == "all" else arguments.configs.split(",")
     try:
-        experiments = {name: experiment(name, settings + arguments.set) for name in chosen}
+        runs = [{name: experiment(name, settings + arguments.set)} for name in chosen]
+        if arguments.as_published:
+            runs = [{n: e, f"{n}, as published": published_step.experiment(n, e)} for run in runs for n, e in run.items()]
         timing.print_surroundings()
-        timing.print_line(list(COLUMNS), list(COLUMNS.values()))
+        longest = max(len(name) for run in runs for name in run)
+        widths = list((COLUMNS | {"config": max(longest, COLUMNS["config"])}).values())
+        timing.print_line(list(COLUMNS), widths)
         rows = []
-        for name, e in experiments.items():
-            rows.append(measure(name, e, arguments.rounds))
-            print_row(rows[-1])
+        for run in runs:
+            found = measure(run, arguments.rounds)
+            for row in found:
+                print_row(row, widths)
+            rows += found
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)
         return 2
@@ -204,6 +239,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch", type=timing.positive, default=2, help="examples in a step, over all devices, default 2")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the networks, default the config's")
     parser.add_argument("--remat", action="store_true", help="recompute residual blocks in the backward pass")
+    parser.add_argument("--as_published", action="store_true", help="measure the published step of pairs too, in turn with niso's")
     parser.add_argument("--rounds", type=timing.positive, default=5, help="steps measured, default 5")
     parser.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="overrides of config keys")
     parser.add_argument("--json", type=timing.json_file, help="file that gets the rows as JSON")
