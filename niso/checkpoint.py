@@ -22,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import args as ocp_args
 
-from niso import __version__, checkpoint_files, config
+from niso import __version__, checkpoint_files, config, folders
 from niso.checkpoint_files import FOLDER, DamagedError
 from niso.errors import UserError
 from niso.step import Program, TrainState
@@ -43,22 +43,31 @@ class Checkpoints:
     """
 
     def __init__(self, workdir: str, keep: int, *, for_good: bool = False):
-        self.folder = Path(workdir).absolute() / FOLDER
-        self._made = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
+        self.folder = folders.absolute(folders.named(workdir, "workdir")) / FOLDER
+        self._made: list[Path] = []
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not os.access(self.folder, os.W_OK):
-                raise PermissionError(f"no permission to write in {self.folder}")
-        except OSError as error:
-            raise UserError(f"cannot write the run's folder {workdir}: {error}; choose another with --workdir") from None
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        self.manager = ocp.CheckpointManager(self.folder, options=options)
+            self._open_folder()
+            options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
+            self.manager = ocp.CheckpointManager(self.folder, options=options)
+        except folders.failures() as error:
+            reason = folders.reason(error) if folders.remote(self.folder) else error
+            raise UserError(f"cannot write the run's folder {workdir}: {reason}; choose another with --workdir") from None
         checkpoint_files.hush()
         self._terminated = False
         self._previous_handler: Any = None
         if jax.process_count() == 1:  # with several, jax has a handler of its own and all agree on the step
             previous = signal.signal(signal.SIGTERM, self._on_sigterm)
             self._previous_handler = signal.SIG_IGN if for_good else previous
+
+    def _open_folder(self) -> None:
+        """Makes the folder, and sees that it can be written."""
+        if folders.remote(self.folder):
+            folders.probe(self.folder.parent)
+            return
+        self._made = [folder for folder in (self.folder, self.folder.parent) if not folder.exists()]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.folder, os.W_OK):
+            raise PermissionError(f"no permission to write in {self.folder}")
 
     def latest(self) -> int | None:
         """Step of the newest checkpoint, None where there is none: what process 0 sees is so for all, who have to ask together."""
@@ -95,7 +104,7 @@ class Checkpoints:
             self.manager.save(
                 step, args=ocp_args.Composite(state=ocp_args.StandardSave(state), meta=ocp_args.JsonSave(meta)), force=True
             )
-        except (OSError, ValueError) as error:
+        except folders.failures(ValueError) as error:
             raise self._failed(error) from error
 
     def preempted(self, step: int) -> bool:
@@ -119,7 +128,7 @@ class Checkpoints:
                 return
             try:
                 self.manager.wait_until_finished()
-            except (OSError, ValueError) as error:
+            except folders.failures(ValueError) as error:
                 raise self._failed(error) from error
             finally:
                 self.manager.close()
@@ -177,10 +186,12 @@ class Checkpoints:
                 )  # fmt: skip
                 try:
                     aside.mkdir(exist_ok=True)
-                    taken = sum(path.name.partition(".")[0] == str(step) for path in aside.iterdir())
-                    (self.folder / str(step)).rename(aside / (f"{step}.{taken}" if taken else str(step)))
-                except OSError as error:
-                    raise UserError(f"cannot move {self.folder}/{step} to {aside}: {error.strerror}; move it by hand") from None
+                    there = aside.iterdir() if aside.exists() else ()  # an empty folder is none in a bucket
+                    taken = sum(path.name.partition(".")[0] == str(step) for path in there)
+                    folders.move(self.folder / str(step), aside / (f"{step}.{taken}" if taken else str(step)))
+                except folders.failures() as error:
+                    why = folders.reason(error)
+                    raise UserError(f"cannot move {self.folder}/{step} to {aside}: {why}; move it by hand") from None
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
@@ -199,10 +210,12 @@ class Checkpoints:
 
 def write_config(workdir: str, resolved: dict[str, Any]) -> None:
     """The resolved config as `workdir`/config.json, replaced in one move."""
-    path = Path(workdir) / "config.json"
-    temporary = path.with_suffix(".tmp")
+    path = folders.named(workdir) / "config.json"
+    temporary = path if folders.remote(path) else path.with_suffix(".tmp")  # objects of a bucket appear whole
     try:
         temporary.write_text(json.dumps(checkpoint_files.jsonable(resolved), indent=2) + "\n")
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}; make room there, then run the same command again") from None
+        if temporary != path:
+            temporary.replace(path)
+    except folders.failures() as error:
+        why = folders.reason(error)
+        raise UserError(f"cannot write {path}: {why}; make room there, then run the same command again") from None

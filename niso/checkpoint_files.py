@@ -24,7 +24,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 from orbax.checkpoint import args as ocp_args
 
-from niso import checksums
+from niso import checksums, folders
 from niso.errors import UserError
 
 FOLDER = "checkpoints"
@@ -49,8 +49,11 @@ def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
     Raises:
       UserError: there is none.
     """
-    folder = Path(run).absolute() / FOLDER
-    steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    folder = folders.absolute(folders.named(run, "the run")) / FOLDER
+    try:
+        steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+    except folders.failures() as error:
+        raise UserError(f"cannot read {folder}: {folders.reason(error)}") from None
     if not steps:
         raise UserError(f"no checkpoint in {folder}; train that run first")
     if step is not None and step not in steps:

@@ -46,6 +46,7 @@ from clu.metric_writers.interface import MetricWriter  # noqa: E402
 
 METRICS_FILE = "metrics.jsonl"
 HISTOGRAM_BUCKETS = 30
+ROLL_BYTES = 8_000_000  # of an event file that is copied whole whenever it has grown
 
 
 class AppendFile:
@@ -56,7 +57,7 @@ class AppendFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = Path(path)
+        self.path, self.size = Path(path), 0  # what this has written
         self.error: OSError | None = None
         try:
             self._file = open(self.path, "ab")  # noqa: SIM115 (open as long as the writer)
@@ -69,6 +70,7 @@ class AppendFile:
             try:
                 self._file.write(data)
                 self._file.flush()
+                self.size += len(data)
             except OSError as error:
                 self.error = error
 
@@ -89,7 +91,7 @@ class AppendFile:
 
 
 class EventWriter(MetricWriter):
-    """Writes one new event file into `logdir`, for TensorBoard and its readers.
+    """Writes a new event file into `logdir`, for TensorBoard and its readers, or, with a `limit`, more that follow it.
 
     tensorboard's `EventFileWriter` would add a second thread behind clu's, whose failures end in a traceback on stderr,
     and file names that sort wrongly when two runs start within a second; so its record writer is used directly.
@@ -97,24 +99,32 @@ class EventWriter(MetricWriter):
     Args:
         logdir: the directory, created if missing.
         purge_step: readers forget what older files in `logdir` say about this step and later ones.
+        limit: bytes after which the next file is begun.
 
     Raises:
         UserError: the file cannot be created.
     """
 
-    def __init__(self, logdir: str | os.PathLike[str], purge_step: int = 0):
+    def __init__(self, logdir: str | os.PathLike[str], purge_step: int = 0, limit: int | None = None):
+        self._logdir, self._limit = Path(logdir), limit
         try:
             os.makedirs(logdir, exist_ok=True)
         except OSError as error:
             raise UserError(f"cannot create {os.fspath(logdir)}: {error.strerror}. Choose another workdir.") from error
-        # Readers take the files of a directory in the order of their names: microseconds, then host and process.
-        name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
-        self.file = AppendFile(Path(logdir) / name)
-        self._records = RecordWriter(self.file)
-        self._write(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="niso")))
+        self._begin()
         self._write(Event(step=purge_step, session_log=SessionLog(status=SessionLog.START)))
 
+    def _begin(self) -> None:
+        # Readers take the files of a directory in the order of their names: microseconds, then host and process.
+        name = f"events.out.tfevents.{time.time_ns() // 1000:016d}.{socket.gethostname()}.{os.getpid()}"
+        self.file = AppendFile(self._logdir / name)
+        self._records = RecordWriter(self.file)
+        self._write(Event(file_version="brain.Event:2", source_metadata=SourceMetadata(writer="niso")))
+
     def _write(self, event: Event) -> None:
+        if self._limit is not None and self.file.error is None and self.file.size >= self._limit:
+            self._records.close()
+            self._begin()
         event.wall_time = time.time()
         self._records.write(event.SerializeToString())
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from niso import checkpoint_files, config, sharding, tree
+from niso import checkpoint_files, config, folders, sharding, tree
 from niso.errors import UserError
 from niso.tasks.base import Task
 from niso.tasks.latent import Latent
@@ -214,7 +214,7 @@ def load(run: str | os.PathLike[str], step: int | None = None, replica: int = 0)
     Raises:
       UserError: no such run, checkpoint or replica, or one of another version of niso, whose parameters differ.
     """
-    if not os.path.isdir(run):
+    if not folders.remote(run) and not os.path.isdir(run):
         raise UserError(f"no run in {run}: there is no such folder")
     path = checkpoint_files.find(run, step)
     saved = checkpoint_files.saved_config(path)

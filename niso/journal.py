@@ -29,8 +29,8 @@ def due(step: int, every: int, last: int) -> bool:
 class Journal:
     """Evaluates, draws and logs one run; all hosts take part, the first writes."""
 
-    def __init__(self, program: Program, dataset: Examples, telemetry: Telemetry, workdir: str):
-        self.program, self.dataset, self.telemetry, self.workdir = program, dataset, telemetry, Path(workdir)
+    def __init__(self, program: Program, dataset: Examples, telemetry: Telemetry):
+        self.program, self.dataset, self.telemetry = program, dataset, telemetry
         self.rows = program.replicas.rows(program.experiment.batch)
         self._model: Model | None = None
         self._motions: dict[int, np.ndarray | None] = {}
@@ -109,11 +109,8 @@ class Journal:
 
     def close(self) -> None:
         """Says where to look."""
-        last = self._figure_folder(self.program.experiment.steps)
-        self.telemetry.say(f"done: figures in {last}; tensorboard --logdir {self.workdir}")
-
-    def _figure_folder(self, step: int) -> Path:
-        return self.workdir / "figures" / f"step_{step:08d}"
+        workdir, last = self.telemetry.workdir, _figure_folder(self.program.experiment.steps)
+        self.telemetry.say(f"done: figures in {workdir / last}; tensorboard --logdir {workdir}")
 
     def _draw(self, step: int, state: TrainState) -> None:
         """Figures of test examples, and of training ones where they differ (an operator's do not), named train_*; of the first
@@ -141,7 +138,7 @@ class Journal:
         if jax.process_index() != 0:
             return
         self._keep(step, {f"trajectories_stride_{b}": trajectory_figure.draw(part.sequences) for b, part in found.items()})
-        poses.save(self._figure_folder(step) / "trajectories.npz", found, limit)
+        poses.save(self.telemetry.folder / _figure_folder(step) / "trajectories.npz", found, limit)
 
     def _trajectories(self, params: tree.Params) -> dict[int, Stride]:
         """True and estimated poses of the whole test videos, by stride."""
@@ -156,10 +153,15 @@ class Journal:
     def _keep(self, step: int, drawn: dict[str, np.ndarray]) -> None:
         """Figures in TensorBoard, and as files."""
         self.telemetry.images(step, drawn)
-        folder = self._figure_folder(step)
+        folder = self.telemetry.folder / _figure_folder(step)
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for name, image in drawn.items():
                 figures.save(folder / f"{name}.png", image)
         except OSError as error:
             raise UserError(f"cannot write figures in {folder}: {error}; make room there, then resume") from None
+
+
+def _figure_folder(step: int) -> Path:
+    """Where the figures of a step are, below the run's folder."""
+    return Path("figures", f"step_{step:08d}")

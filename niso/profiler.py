@@ -19,12 +19,16 @@ class Profiler:
 
     One trace at a time: what is asked for during another one follows it.
 
+    Any process of a run may be asked, each of the machines of a pod then has a file of its own in TensorBoard.
+
     Args:
+      folder: where the run's files are written.
+      workdir: what people call that.
       say: prints a line.
     """
 
-    def __init__(self, workdir: str | os.PathLike[str], window: tuple[int, int], say: Callable[[str], None]):
-        self._workdir, self._window, self._say = os.fspath(workdir), window, say
+    def __init__(self, folder: Path, window: tuple[int, int], workdir: Path, say: Callable[[str], None]):
+        self._folder, self._window, self._workdir, self._say = folder, window, workdir, say
         self._asked = False
         self._begun: int | None = None
         self._end = self._step = 0
@@ -53,17 +57,18 @@ class Profiler:
 
     def _start(self) -> None:
         try:
-            jax.profiler.start_trace(self._workdir)
+            jax.profiler.start_trace(os.fspath(self._folder))
             self._begun = self._step
         except RuntimeError as error:  # another one is under way in this process
             self._say(f"no profile of step {self._step + 1}: {str(error).splitlines()[0]}")
 
     def _stop(self) -> None:
         jax.profiler.stop_trace()
-        folders = (Path(self._workdir) / FOLDER).glob("*")
-        newest = max(folders, key=lambda folder: folder.stat().st_mtime_ns, default=Path(self._workdir) / FOLDER)
+        traces = (self._folder / FOLDER).glob("*")
+        newest = max(traces, key=lambda trace: trace.stat().st_mtime_ns, default=self._folder / FOLDER)
+        where = self._workdir / newest.relative_to(self._folder)
         assert self._begun is not None
-        self._say(f"profile of steps {self._begun + 1} to {self._step} in {newest}: tensorboard --logdir {self._workdir}")
+        self._say(f"profile of steps {self._begun + 1} to {self._step} in {where}: tensorboard --logdir {self._workdir}")
         self._begun = None
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from niso import run_files
+from niso import folders, run_files
 from niso.errors import UserError
 from niso.published import PARTS, Part
 from niso.run_files import Run
@@ -107,11 +107,11 @@ def _encoder(run: Run) -> tuple[Run | None, str, list[str]]:
     if not sources:
         return None, "", []
     wanted = next((folder for pattern, folder in sources if "encoder" in pattern), sources[0][1])
-    places = [Path(wanted), run.folder.parent.parent / wanted]
+    places = [folders.named(wanted), run.folder.parent.parent / wanted]
     found = [place for place in places if (place / run_files.CONFIG_FILE).is_file()]
     if not found:
         return None, wanted, [f"{run.path}: its encoder {wanted} was not found; its steps and device hours are not counted"]
-    other = [place for place in found[1:] if place.resolve() != found[0].resolve()]
+    other = [place for place in found[1:] if folders.resolved(place) != folders.resolved(found[0])]
     notes = [f"{run.path}: its encoder was taken to be {found[0]}; there is also {place}" for place in other]
     return run_files.read(str(found[0])), "", notes
 

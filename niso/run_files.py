@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from niso import folders
 from niso.errors import UserError
 
 CONFIG_FILE = "config.json"
@@ -32,7 +33,7 @@ class Run:
     @property
     def folder(self) -> Path:
         """Its absolute path."""
-        return Path(self.path).resolve()
+        return folders.resolved(folders.named(self.path))
 
     @property
     def task(self) -> dict[str, Any]:
@@ -70,8 +71,8 @@ def read(path: str) -> Run:
     Raises:
       UserError: there is no run, or one of its files is damaged.
     """
-    folder = Path(path)
-    if not folder.is_dir():
+    folder = folders.named(path, "the run")
+    if not folders.remote(folder) and not folder.is_dir():
         raise UserError(f"{path} is not a folder: give the folder of a run, such as runs/pose_pred-small")
     last: dict[str, tuple[int, dict[str, Any]]] = {}
     for line in _lines(folder / METRICS_FILE):
@@ -131,5 +132,5 @@ def _line(line: bytes) -> dict[str, Any]:
 def _bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except folders.failures() as error:
+        raise UserError(f"cannot read {path}: {folders.reason(error)}") from None

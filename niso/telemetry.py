@@ -14,9 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from niso import cost
-from niso.event_writer import AppendFile, EventWriter, JsonlWriter
+from niso import cost, folders
+from niso.event_writer import ROLL_BYTES, EventWriter, JsonlWriter
+from niso.mirror import Mirror
 from niso.profiler import Profiler
+from niso.run_files import HOURS_FILE, METRICS_FILE
 from niso.speed import DeviceHours, StepTimer, Utilisation, memory_peak
 
 # isort: split
@@ -53,14 +55,18 @@ def _rate(value: float) -> str:
 
 
 class Telemetry:
-    """All a run reports; a context manager. On hosts that are not `primary` it does nothing at all.
+    """All a run reports; a context manager. On hosts that are not `primary` it does nothing but profiles that are asked for there.
 
     Args:
-        workdir: created if missing; a path on a mounted file system.
+        workdir: created if missing; where it is in a bucket, files are written here and copied (niso.mirror).
         steps: of the whole run. batch: examples per step, over all hosts and replicas.
         resume_step: the step the run continues from; what was written about later steps is dropped.
         profile_steps: (a, b) traces the updates a+1 to b for TensorBoard's profiler (niso.profiler); (0, 0) traces nothing.
         clock: seconds; for tests.
+
+    Attributes:
+        workdir: The run's folder, as it is told to people.
+        folder: The same, or on this machine what becomes it: where its files are written.
 
     Raises:
         UserError: from the constructor and any method, if the workdir cannot be written.
@@ -78,20 +84,26 @@ class Telemetry:
         clock: Callable[[], float] = time.monotonic,
     ):
         self._active, self._steps, self._batch, self._clock = primary, steps, batch, clock
-        self._timer = StepTimer(clock)
+        self._timer, self._closed = StepTimer(clock), False
         self._resume_step = self._last_step = resume_step
-        self._files: list[AppendFile] = []
+        self._writers: tuple[EventWriter | JsonlWriter | DeviceHours, ...] = ()
         self._work: Utilisation | None = None
+        self.workdir = folders.named(workdir, "workdir")
+        self._mirror = Mirror(self.workdir, (METRICS_FILE, HOURS_FILE) if primary else ())
+        self.folder = self._mirror.folder
+        window = profile_steps if primary else (0, 0)
+        self._profiler = Profiler(self.folder, window, self.workdir, lambda line: print(line, flush=True))
         if not primary:
             return
         # Readers drop what is later than the resumed step; a run from scratch, all of an earlier attempt.
-        events = EventWriter(workdir, purge_step=resume_step + 1 if resume_step > 0 else 0)
-        lines = JsonlWriter(workdir, resume_step)
-        self._hours = DeviceHours(workdir, resume_step, clock)
-        self._files = [events.file, lines.file, self._hours.file]
+        limit = ROLL_BYTES if folders.remote(self.workdir) else None
+        events = EventWriter(self.folder, resume_step + 1 if resume_step > 0 else 0, limit)
+        lines = JsonlWriter(self.folder, resume_step)
+        self._hours = DeviceHours(self.folder, resume_step, clock)
+        self._writers = (events, lines, self._hours)
         self._events = metric_writers.AsyncWriter(events)
         self._lines = metric_writers.AsyncWriter(lines)
-        self._profiler = Profiler(workdir, profile_steps, self.say)
+        self._mirror.push()  # a start counts, however soon it ends
 
     def config(self, text: str, hparams: Mapping[str, int | float | str | bool]) -> None:
         """Writes the resolved config as a text, and the flat `hparams` for TensorBoard's table of runs."""
@@ -143,15 +155,14 @@ class Telemetry:
             self._events.write_scalars(self._resume_step, {"time/compile_seconds": seconds})
             device, dtype = program.mesh.devices.flat[0], getattr(program.task, "dtype", "float32")
             self._work = Utilisation.of(cost.operations(traced).total, program.mesh.size, device.device_kind, dtype)
-            self._profiler.tick(self._resume_step)
+        self._profiler.tick(self._resume_step)
         return step
 
     def tick(self, step: int) -> None:
         """Call once after every step: begins and ends profiles."""
         self._last_step = step
         self._timer.tick()
-        if self._active:
-            self._profiler.tick(step)
+        self._profiler.tick(step)
 
     def progress(self, step: int, metrics: Mapping[str, float], counts: Mapping[str, int] = MappingProxyType({})) -> None:
         """Prints the line of a log point, and writes its speeds and the device hours under time/, and `counts`.
@@ -180,6 +191,7 @@ class Telemetry:
             self._events.write_scalars(step, times)
         self.say(line)
         self._check()
+        self._mirror.push_now_and_then()
 
     def say(self, line: str) -> None:
         """Prints one line to the terminal."""
@@ -187,26 +199,32 @@ class Telemetry:
             print(line, flush=True)
 
     def flush(self) -> None:
-        """Waits until everything reported so far is in the files; call it before a checkpoint, whose hours it writes."""
+        """Waits until everything reported so far is in the files, and those in the bucket; call it before a checkpoint, whose
+        hours it writes."""
         if self._active:
             self._hours.write(self._last_step)
             self._events.flush()
             self._lines.flush()
             self._check()
+            self._mirror.push()
 
     def close(self) -> None:
         """Ends a profile that is under way and waits until everything is on disk; calling it again does nothing."""
-        if not self._active:
+        if self._closed:
             return
-        self._profiler.close()
-        self._active = False
+        self._closed = True
         with contextlib.ExitStack() as stack:
-            stack.callback(self._lines.close)
-            stack.callback(self._events.close)
+            stack.callback(self._mirror.close)
+            stack.callback(self._mirror.push)
+            if self._active:
+                self._active = False
+                stack.callback(self._lines.close)
+                stack.callback(self._events.close)
+            self._profiler.close()
 
     def _check(self) -> None:
-        for file in self._files:
-            file.check()
+        for writer in self._writers:
+            writer.file.check()
 
     def __enter__(self) -> "Telemetry":
         return self

@@ -52,7 +52,7 @@ def run(experiment: Experiment, workdir: str, accept_changes: bool = False, *, f
             workdir, steps=experiment.steps, batch=experiment.seeds * experiment.batch, resume_step=done, primary=primary,
             profile_steps=experiment.log.profile_steps,
         ))  # fmt: skip
-        journal = Journal(program, dataset, telemetry, workdir)
+        journal = Journal(program, dataset, telemetry)
         journal.introduce(done)
         return loop(program, dataset, checkpoints, journal, state)
 

@@ -5,12 +5,14 @@ import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import jax
 import pytest
 from jax.sharding import Mesh
 
 from niso.sharding import MeshShape, make_mesh
+from tests import bucket
 from tests.runs import PROGRAMS
 
 jax.config.update("jax_platforms", "cpu")
@@ -41,6 +43,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The files that take minutes first: begun last, one of them would keep one process busy while the other has nothing left."""
     place = {name: number for number, name in enumerate(LONGEST)}
     items.sort(key=lambda item: place.get(item.path.name, len(place)))
+
+
+@pytest.fixture(scope="session")
+def bucket_url() -> Iterator[str]:
+    """gs://BUCKET, empty at first, of an emulator on this machine, which this process and its children take for the real thing.
+
+    One for the session: clients keep the address that they began with.
+    """
+    with bucket.running() as variables:
+        os.environ.update(variables)
+        yield f"gs://{bucket.NAME}"
+        for name in variables:
+            del os.environ[name]
 
 
 def mesh_of(data: int, space: int = 1) -> Mesh:

@@ -79,6 +79,13 @@ def _die_in_commit(step: str) -> None:
     for function in ("rename", "replace"):
         move = getattr(os, function)
         setattr(os, function, lambda a, b, move=move, **o: die() if pathlib.Path(b).name == step else move(a, b, **o))
+    # In a bucket a checkpoint has its name from the beginning, and is whole once it has this object.
+    from etils.epath import abstract_path
+
+    write = abstract_path.Path.write_text
+    abstract_path.Path.write_text = lambda path, text, **o: (
+        die() if path.parts[-2:] == (step, "commit_success.txt") else write(path, text, **o)
+    )
 
 
 def _tell_rows(file: str) -> None:
@@ -161,6 +168,7 @@ def _keep_all_programs() -> None:
 
 if __name__ == "__main__":
     split = sys.argv.index("--")
+    from niso import folders
     from niso.main import main
 
     _keep_all_programs()
@@ -168,6 +176,6 @@ if __name__ == "__main__":
     given = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
     for hook in sys.argv[1:split]:
         kind, _, what = hook.partition("=")
-        install(kind, what, pathlib.Path(given["--workdir"]) / "checkpoints")
+        install(kind, what, folders.named(given["--workdir"]) / "checkpoints")
     sys.argv[1:] = sys.argv[split + 1 :]
     sys.exit(main())

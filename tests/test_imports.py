@@ -17,7 +17,7 @@ Sources = dict[str, str]  # module -> text
 # Module or package -> what it may import from this repository, besides itself. The longest name that fits counts.
 BELOW = {"niso", "niso.errors", "niso.geometry", "niso.metrics", "niso.rng", "niso.tree", "niso.figures", "niso.data"} | {
     "niso.checksums", "niso.operator_figures", "niso.poses", "niso.run_files", "niso.trajectories", "niso.trajectory_figure",
-    "niso.trajectory_files", "niso.cost", "niso.folders", "niso.hardware", "niso.scaling",
+    "niso.trajectory_files", "niso.cost", "niso.folders", "niso.hardware", "niso.mirror", "niso.scaling",
 }  # fmt: skip
 THREE = {
     "niso.checkpoint", "niso.checkpoint_files", "niso.config", "niso.evaluate", "niso.event_writer", "niso.journal",
@@ -28,6 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
     "niso.folders": {"niso.errors"},
+    "niso.mirror": {"niso.errors", "niso.folders"},
     "niso.hardware": {"niso.errors"},
     "niso.cost": {"niso.errors"},
     "niso.scaling": {"niso.cost", "niso.errors", "niso.hardware"},
@@ -40,8 +41,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.trajectory_files": {"niso.errors"},
     "niso.checksums": set(),
     "niso.published": {"niso.errors"},
-    "niso.run_files": {"niso.errors"},
-    "niso.rows": {"niso.errors", "niso.published", "niso.run_files"},
+    "niso.run_files": {"niso.errors", "niso.folders"},
+    "niso.rows": {"niso.errors", "niso.folders", "niso.published", "niso.run_files"},
     "niso.report": {"niso.errors", "niso.published", "niso.rows", "niso.run_files"},
     "niso.geometry": {"niso.errors", "niso.rng"},
     "niso.metrics": {"niso.errors"},
@@ -81,7 +82,8 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIBRARIES: dict[str, set[str]] = {
     "niso": set(),
     "niso.errors": set(),
-    "niso.folders": set(),
+    "niso.folders": {"aiohttp", "etils", "gcsfs", "google"},
+    "niso.mirror": set(),
     "niso.hardware": set(),
     "niso.cost": {"jax", "numpy"},
     "niso.scaling": set(),
@@ -124,7 +126,9 @@ DOORS: dict[str, set[str]] = {
     "absl": {"niso.config", "niso.main"},
     "array_record": {"niso.data.records"},
     "clu": {"niso.telemetry", "niso.event_writer"},  # the second stands in for the part of clu that needs TensorFlow
-    "google": {"niso.data.example"},  # protobuf
+    "etils": {"niso.folders"},
+    "gcsfs": {"niso.folders"},  # an optional extra, with aiohttp
+    "google": {"niso.data.example", "niso.folders"},  # protobuf; what gcsfs raises
     "grain": {"niso.data.stream"},
     "imageio_ffmpeg": {"niso.data.frames"},  # an optional extra
     "ml_collections": {"niso.config", "configs"},

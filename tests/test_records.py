@@ -9,7 +9,7 @@ import struct
 import numpy as np
 import pytest
 
-from niso.data import records
+from niso.data import files, records
 from niso.errors import UserError
 
 _COUNT = 12
@@ -288,7 +288,8 @@ def test_a_shard_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
-    monkeypatch.setattr(records, "temporary", lambda _: records.pathlib.Path("/dev/full"))
+    for module in (records, files):
+        monkeypatch.setattr(module, "temporary", lambda _: records.pathlib.Path("/dev/full"))
     monkeypatch.setattr(records.pathlib.Path, "unlink", lambda *_, **__: None)
     with (
         pytest.raises(UserError, match=r"cannot write .*a\.array_record: .*No space left on device"),

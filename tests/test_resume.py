@@ -195,7 +195,7 @@ class _Spy:
         self.said.append(f"log {step}")
 
     def run(self, monkeypatch, tmp_path) -> int:
-        journal = Journal(self, _Batches(), _Silent(self), str(tmp_path))  # type: ignore[arg-type]
+        journal = Journal(self, _Batches(), _Silent(self))  # type: ignore[arg-type]
         monkeypatch.setattr(journal, "evaluate", lambda step, state: self.said.append(f"evaluate {step}"))
         start = TrainState(jnp.asarray(0), {"p": jnp.zeros(2)}, {}, {}, {"loss": Mean(jnp.zeros(()), jnp.zeros(()))})
         return train.loop(self, _Batches(), self, journal, start)  # type: ignore[arg-type]

@@ -41,7 +41,7 @@ def read(workdir: Path) -> EventAccumulator:
     return EventAccumulator(str(workdir), size_guidance={"tensors": 0}).Reload()
 
 
-def read_as_tensorboard(workdir: Path) -> PluginEventAccumulator:
+def read_as_tensorboard(workdir: Path | str) -> PluginEventAccumulator:
     """The reader of the TensorBoard server; unlike the one above it forgets tensors that a restart has made void."""
     return PluginEventAccumulator(str(workdir), size_guidance={"tensors": 0}).Reload()
 
@@ -301,7 +301,7 @@ def test_other_hosts_write_and_say_nothing(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_failed_write_is_a_user_error(tmp_path: Path) -> None:
     run = Telemetry(tmp_path, steps=2, batch=1)
-    run._files[1]._file = open("/dev/full", "wb")  # noqa: SIM115  every write fails: no space left
+    run._writers[1].file._file = open("/dev/full", "wb")  # noqa: SIM115  every write fails: no space left
     with pytest.raises(UserError, match=rf"cannot write {re.escape(str(tmp_path))}.*metrics\.jsonl: No space left") as caught:
         for step in range(1000):
             run.scalars(step, {"loss": 1.0})
@@ -314,7 +314,7 @@ def test_a_failed_write_is_a_user_error(tmp_path: Path) -> None:
 
 def test_an_error_on_its_way_is_not_hidden_by_closing(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError), Telemetry(tmp_path, steps=2, batch=1) as run:
-        run._files[0].error = OSError("gone")
+        run._writers[0].file.error = OSError("gone")
         raise FloatingPointError
 
 
@@ -370,9 +370,11 @@ def test_profiler_window(
     assert f"profile of steps 4 to {stopped} in {tmp_path}" in capsys.readouterr().out
 
 
-def test_a_profile_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("primary", [True, False])
+def test_a_profile_on_demand(tmp_path: Path, capsys: pytest.CaptureFixture[str], primary: bool) -> None:
+    """Of any process of a run; of the window that the config names, of the first one alone."""
     before = signal.getsignal(signal.SIGUSR1)
-    with Telemetry(tmp_path, steps=99, batch=1, profile_steps=(0, 2)) as run:
+    with Telemetry(tmp_path, steps=99, batch=1, primary=primary, profile_steps=(0, 2)) as run:
         run.compile(program())  # a window may begin with the first step
         for step in range(1, 21):
             jnp.ones(3).block_until_ready()
@@ -381,7 +383,7 @@ def test_a_profile_on_demand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
             run.tick(step)
     assert signal.getsignal(signal.SIGUSR1) is before
     found = re.findall(r"profile of steps (\d+ to \d+) in (\S+): tensorboard --logdir", capsys.readouterr().out)
-    assert [steps for steps, _ in found] == ["1 to 2", "5 to 9", "10 to 14"]
+    assert [steps for steps, _ in found] == ["1 to 2"] * primary + ["5 to 9", "10 to 14"]
     assert all(list(Path(folder).glob("*.xplane.pb")) for _, folder in found)
 
 

@@ -9,19 +9,22 @@ only when they are complete.
 import collections
 import dataclasses
 import hashlib
-import json
 import os
 import pathlib
+import re
 import resource
+import tempfile
 import threading
 from collections.abc import Sequence as Seq
 from typing import Any
 
 from array_record.python import array_record_module
 
+from niso import folders
 from niso.data.example import Example, Field, Schema, Value, decode, encode
+from niso.data.files import REPAIR, read_json, temporary, write_json, write_text
 from niso.data.schemas import FRAME, still, surface
-from niso.errors import RecordError, UserError
+from niso.errors import LostError, RecordError, UserError
 
 __all__ = [
     "FRAME", "Example", "Field", "Manifest", "Reader", "Schema", "Sequence", "Shard", "ShardWriter", "Value", "decode",
@@ -35,46 +38,23 @@ _WRITER_OPTIONS = "group_size:1,uncompressed"
 # No read-ahead and a small buffer: a record is a few kB, and hundreds of shards are open at once.
 _FEWEST_OPEN = 16
 _READER_OPTIONS = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 32768}
+# What array_record says of bytes that are not a shard's, as it does not of a bucket that cannot be reached.
+_DAMAGED = re.compile(r"Riegeli|[Cc]orrupt|[Ii]nvalid (chunk|record)")
 _MAKE = "make them with: python -m data_prep.DATASET --out"
-_REPAIR = "delete that file and run the data preparation again, it makes only what is missing"
-
-
-def temporary(path: pathlib.Path) -> pathlib.Path:
-    """The name a file has while it is being written: hidden, beside its final place, another for every writer on any machine."""
-    return path.with_name(f".{path.name}.tmp-{os.urandom(8).hex()}")
-
-
-def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """Writes the value as JSON, as `write_text` does."""
-    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
-
-
-def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes the file whole or not at all (temporary name, flush to disk, rename); UserError when it cannot."""
-    path = pathlib.Path(path)
-    scratch = temporary(path)
-    try:
-        with open(scratch, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-    except OSError as error:
-        scratch.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path}: {error.strerror}; free some space or choose another --out") from error
 
 
 class ShardWriter:
     """Context manager that writes one shard under a temporary name and renames it on a clean exit.
 
-    On an exception the temporary file is removed; a killed process leaves it, and nothing ever reads it.
-    `count` is the number of records written.
+    What goes to a bucket is written to this machine's folder for temporary files first. On an exception the temporary file is
+    removed; a killed process leaves it, and nothing ever reads it. `count` is the number of records written.
     """
 
     def __init__(self, path: str | os.PathLike[str]):
-        self.path = pathlib.Path(path)
+        self.path = folders.named(path)
         self.count = 0
-        self._scratch = temporary(self.path)
+        local = pathlib.Path(tempfile.gettempdir(), self.path.name) if folders.remote(self.path) else self.path
+        self._scratch = temporary(local)
 
     def __enter__(self) -> "ShardWriter":
         self._writer = self._guard(array_record_module.ArrayRecordWriter, str(self._scratch), _WRITER_OPTIONS)
@@ -89,14 +69,21 @@ class ShardWriter:
         try:
             if kind is None:
                 self._guard(self._writer.close)
-                with open(self._scratch, "rb") as file:
-                    os.fsync(file.fileno())
-                os.replace(self._scratch, self.path)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+                self._publish()
+        except folders.failures() as error:
+            raise UserError(f"cannot write {self.path}: {folders.reason(error)}; run the same command again") from error
         finally:
             del self._writer
             self._scratch.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        """Gives the finished file its name."""
+        if folders.remote(self.path):
+            folders.upload(self._scratch, self.path)
+            return
+        with open(self._scratch, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(self._scratch, self.path)
 
     def _guard(self, call: Any, *arguments: Any) -> Any:
         """call(*arguments), with array_record's RuntimeError as a UserError."""
@@ -104,7 +91,7 @@ class ShardWriter:
             return call(*arguments)
         except RuntimeError as error:
             reason = str(error).split(";")[0]
-            message_ = f"cannot write {self.path}: {reason}; free some space or choose another --out"
+            message_ = f"cannot write {self._scratch.parent / self.path.name}: {reason}; free some space or choose another --out"
             raise UserError(message_) from error
 
 
@@ -132,9 +119,10 @@ class Shard:
 
 def describe_shard(path: str | os.PathLike[str], records: int) -> Shard:
     """The manifest's entry for a finished file."""
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return Shard(pathlib.Path(path).name, records, os.stat(path).st_size, digest)
+    path = folders.named(path)
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()  # type: ignore[arg-type]
+    return Shard(path.name, records, folders.size(path), digest)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,12 +146,12 @@ class Manifest:
         value = dataclasses.asdict(self)
         if not self.facts:
             del value["facts"]
-        write_json(pathlib.Path(root, "manifest.json"), value)
+        write_json(folders.named(root) / "manifest.json", value)
 
     @classmethod
     def read(cls, root: str | os.PathLike[str]) -> "Manifest":
         """The manifest of a finished folder; UserError when it is missing, malformed or of another format."""
-        path = pathlib.Path(root, "manifest.json")
+        path = folders.named(root) / "manifest.json"
         if not path.exists():
             raise UserError(f"no finished records in {root} (no manifest.json); {_MAKE} {root}")
         value = read_json(path)
@@ -176,21 +164,11 @@ class Manifest:
             splits = {split: tuple(Shard(**shard) for shard in shards) for split, shards in value["splits"].items()}
             return cls(**(value | {"splits": splits}))
         except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{path} is not a manifest of records ({error!r}); {_REPAIR}") from error
-
-
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The parsed file; UserError when it cannot be read or is not JSON."""
-    try:
-        return json.loads(pathlib.Path(path).read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); {_REPAIR}") from error
+            raise UserError(f"{path} is not a manifest of records ({error!r}); {REPAIR}") from error
 
 
 def _index_path(root: str | os.PathLike[str], split: str) -> pathlib.Path:
-    return pathlib.Path(root, f"index-{split}.json")
+    return folders.named(root) / f"index-{split}.json"
 
 
 def write_index(root: str | os.PathLike[str], split: str, sequences: Seq[Sequence]) -> None:
@@ -207,7 +185,7 @@ def read_index(root: str | os.PathLike[str], split: str) -> tuple[Sequence, ...]
             raise TypeError(f"a list is expected, not {type(entries).__name__}")
         return tuple(Sequence(**entry) for entry in entries)
     except TypeError as error:
-        raise UserError(f"{path} is not an index of records ({error}); {_REPAIR}") from error
+        raise UserError(f"{path} is not an index of records ({error}); {REPAIR}") from error
 
 
 class Reader:
@@ -219,7 +197,7 @@ class Reader:
     """
 
     def __init__(self, root: str | os.PathLike[str], split: str, schema: Schema, manifest: Manifest | None = None):
-        self.root = pathlib.Path(root)
+        self.root = folders.named(root)
         self.split = split
         self.schema = schema
         self.manifest = manifest or Manifest.read(root)
@@ -231,7 +209,7 @@ class Reader:
             shard = self._shards.get(sequence.shard)
             if shard is None or sequence.start < 0 or sequence.start + sequence.length > shard.records:
                 path = _index_path(root, split)
-                raise UserError(f"{path} does not fit the manifest at sequence {sequence.name}; {_REPAIR}")
+                raise UserError(f"{path} does not fit the manifest at sequence {sequence.name}; {REPAIR}")
         self._reset()
 
     def _reset(self) -> None:
@@ -265,7 +243,10 @@ class Reader:
         try:
             return decode(file.read([number])[0], schema)
         except (RuntimeError, ValueError) as error:  # array_record's errors name no file
-            raise RecordError(f"{self.root / shard}: record {number} is damaged ({error}); {_REPAIR}") from error
+            if folders.remote(self.root) and isinstance(error, RuntimeError) and not _DAMAGED.search(str(error)):
+                where = f"record {number} of {self.root / shard}"
+                raise LostError(f"cannot read {where} ({error}); run the same command again") from error
+            raise RecordError(f"{self.root / shard}: record {number} is damaged ({error}); {REPAIR}") from error
 
     def _file(self, shard: str) -> Any:
         """The open shard; two threads that miss at once are served one after the other."""
@@ -280,16 +261,19 @@ class Reader:
 
     def _open(self, shard: Shard) -> Any:
         path = self.root / shard.file
-        if not path.exists():
-            raise UserError(f"{path} is missing; run the data preparation again, it makes only what is missing")
-        size = path.stat().st_size
+        try:
+            size = folders.size(path)
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing; run the data preparation again, it makes only what is missing") from None
+        except folders.failures() as error:
+            raise LostError(f"cannot read {path}: {folders.reason(error)}; run the same command again") from error
         if size != shard.bytes:
-            raise UserError(f"{path} is truncated or foreign: {size} bytes, the manifest says {shard.bytes}; {_REPAIR}")
+            raise UserError(f"{path} is truncated or foreign: {size} bytes, the manifest says {shard.bytes}; {REPAIR}")
         try:
             file = array_record_module.ArrayRecordReader(str(path), **_READER_OPTIONS)
             records = file.num_records()  # array_record opens some damaged files and finds nothing in them
         except RuntimeError as error:
-            raise UserError(f"{path} cannot be opened ({error}); {_REPAIR}") from error
+            raise UserError(f"{path} cannot be opened ({error}); {REPAIR}") from error
         if records != shard.records:
-            raise UserError(f"{path} has {records} records, the manifest says {shard.records}; {_REPAIR}")
+            raise UserError(f"{path} has {records} records, the manifest says {shard.records}; {REPAIR}")
         return file

@@ -150,7 +150,7 @@ def measure(e: Experiment, window: int, bare: bool) -> np.ndarray:
         if bare:
             _bare(program, telemetry, clocked, e.steps)
         else:
-            train.loop(program, dataset, checkpoints, Journal(program, dataset, telemetry, workdir), program.init({}))
+            train.loop(program, dataset, checkpoints, Journal(program, dataset, telemetry), program.init({}))
     return clocked.windows_ms()
 
 

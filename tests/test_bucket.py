@@ -1,0 +1,257 @@
+"""Records, checkpoints, logs and figures in a bucket: a run there is the run in a folder, whatever happens on the way.
+
+Against an emulator on this machine; no bucket of the real thing was at hand.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+from collections.abc import Callable
+
+import fsspec
+import numpy as np
+import pytest
+
+import niso
+from niso import checkpoint_files, event_writer, folders, mirror, run_files
+from niso.checkpoint import UNREADABLE
+from niso.data import records
+from niso.data.schemas import FRAME
+from niso.errors import LostError, RecordError, UserError
+from niso.mirror import Mirror
+from tests import runs
+from tests.test_bad_input import one_line
+from tests.test_resume import assert_as_unbroken
+from tests.test_telemetry import read_as_tensorboard, scalars
+
+Shard = tuple[str, Callable[[Callable[[bytes], bytes]], str]]
+# What the clients say of an emulator to which nobody has to log in.
+SAID_WITHOUT_CREDENTIALS = "Could not find the credentials file"
+
+
+def bucket() -> fsspec.AbstractFileSystem:
+    """Its objects as they are now: other processes write them too."""
+    found = fsspec.filesystem("gcs")
+    found.invalidate_cache()
+    return found
+
+
+def fetch(url: str, folder: pathlib.Path) -> pathlib.Path:
+    bucket().get(url, str(folder), recursive=True)
+    return folder
+
+
+def whole(url: str) -> list[int]:
+    """Steps of the whole checkpoints of a run."""
+    found = bucket().glob(f"{url}/checkpoints/*/commit_success.txt")
+    return sorted(int(path.split("/")[-2]) for path in found)
+
+
+@pytest.fixture(scope="module")
+def records_url(bucket_url: str) -> str:
+    bucket().put(runs.tiny_records(), f"{bucket_url}/records", recursive=True)
+    return f"{bucket_url}/records"
+
+
+@pytest.fixture(scope="module")
+def finished(bucket_url: str, records_url: str) -> str:
+    """A run that was killed twice, once while a checkpoint was nearly whole, and came to its end; with records in the bucket."""
+    url = f"{bucket_url}/killed"
+    for hook, code, saved in (("kill_commit=10", -9, [5]), ("term=13", 42, [5, 10, 13]), ("kill=15", -9, [5, 10, 13])):
+        ended = runs.run(url, hooks=[hook], data__records=records_url)
+        assert ended.code == code, (hook, ended.out, ended.err)
+        assert [line for line in ended.err.splitlines() if SAID_WITHOUT_CREDENTIALS not in line] == []
+        assert whole(url)[: len(saved)] == saved  # that of step 15 may have become whole, or not
+    ended = runs.run(url, data__records=records_url)
+    assert ended.code == 0, ended.err
+    assert ended.out.endswith(f"done: figures in {url}/figures/step_00000016; tensorboard --logdir {url}\n")
+    return url
+
+
+def test_a_run_in_a_bucket_is_that_in_a_folder(finished: str, tmp_path: pathlib.Path) -> None:
+    """Parameters and optimiser state bit for bit, metrics.jsonl and figures byte for byte; nothing of it stays on this machine."""
+    here, there = runs.unbroken(), fetch(finished, tmp_path / "fetched")
+    assert_as_unbroken(there, here)
+    drawn = sorted(path.relative_to(here) for path in here.rglob("*.png"))
+    assert drawn == sorted(path.relative_to(there) for path in there.rglob("*.png"))
+    assert all((here / path).read_bytes() == (there / path).read_bytes() for path in drawn)
+    assert (there / "config.json").exists() and (there / "hours.jsonl").read_text().count('"time/restarts": 3') >= 1
+
+
+def test_tensorboard_reads_it_where_it_is(finished: str) -> None:
+    """By its URL, and without what was logged of steps that were lost."""
+    read = read_as_tensorboard(finished)
+    assert [step for step, _ in scalars(read, "train/loss")] == [4, 8, 12, 16]
+    assert set(read.Tags()["tensors"]) >= {"eval/loss", "time/steps_per_second", "operator"}
+
+
+def test_what_reads_runs_reads_it_there(finished: str) -> None:
+    run = run_files.read(finished)
+    assert run.last["eval"][0] == runs.STEPS and run.hours is not None
+    model, here = niso.load(finished), niso.load(runs.unbroken())
+    frames_TxHxWxC = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
+    assert np.array_equal(model.encode(frames_TxHxWxC), here.encode(frames_TxHxWxC))
+    assert checkpoint_files.find(finished, 13).name == "13"
+    with pytest.raises(UserError, match=f"no checkpoint in {finished}x/checkpoints"):
+        niso.load(f"{finished}x")
+
+
+def test_a_run_starts_from_one_there(finished: str, records_url: str, bucket_url: str, tmp_path: pathlib.Path) -> None:
+    """All parameters here: the first evaluation is the other's last."""
+    ended = runs.run(f"{bucket_url}/second", steps=5, data__records=records_url, task__warm_start=((".*", finished),))
+    assert ended.code == 0, ended.err
+    first = runs.lines(fetch(f"{bucket_url}/second", tmp_path / "second"))[0]
+    assert first["eval/loss"] == pytest.approx(runs.lines(runs.unbroken())[-1]["eval/loss"])
+
+
+def test_two_processes(records_url: str, bucket_url: str, tmp_path: pathlib.Path) -> None:
+    """Both write their parts of the checkpoints, the first alone the rest; where one is killed both go on from there."""
+    url = f"{bucket_url}/pair"
+    for hooks, codes in ((((), ["kill=9"]), {-9, 1}), (((), ()), {0})):
+        ended = [runs.end(process) for process in runs.start_pair(url, hooks, data__records=records_url)]
+        assert {one.code for one in ended} == codes, ended
+    assert len(bucket().glob(f"{url}/events.out.tfevents.*")) == 2
+    alone = tmp_path / "alone"
+    assert {one.code for one in runs.run_pair(alone)} == {0}
+    assert_as_unbroken(fetch(url, tmp_path / "fetched"), alone)
+
+
+def test_a_damaged_checkpoint_is_set_aside(finished: str, records_url: str, bucket_url: str, tmp_path: pathlib.Path) -> None:
+    url = f"{bucket_url}/damaged"
+    bucket().cp(finished, url, recursive=True)
+    bucket().rm(f"{url}/checkpoints/16", recursive=True)
+    newest = whole(url)[-1]
+    for path in bucket().glob(f"{url}/checkpoints/{newest}/state/**/d/*"):
+        content = bytearray(bucket().cat_file(path))
+        content[32::64] = (value ^ 16 for value in content[32::64])
+        bucket().pipe_file(path, bytes(content))
+    ended = runs.run(url, data__records=records_url)
+    assert ended.code == 0, ended.err
+    assert f"niso: checkpoint {newest} cannot be used (" in ended.err and f"it goes to {url}/{UNREADABLE}" in ended.err
+    assert bucket().exists(f"{url}/{UNREADABLE}/{newest}/_CHECKPOINT_METADATA")
+    assert_as_unbroken(fetch(url, tmp_path / "fetched"), runs.unbroken())
+
+
+def told(*arguments: str) -> str:
+    """The one line of a mistake."""
+    command = [sys.executable, "-m", "niso.main", "--config=configs/pose_encode.py:quick", *arguments]
+    ended = subprocess.run(command, cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2, ended.stderr
+    return one_line(ended.stderr)
+
+
+def test_mistakes(bucket_url: str, records_url: str) -> None:
+    assert "cannot write the run's folder gs://no-such-bucket/run: no such file or bucket" in told(
+        "--workdir=gs://no-such-bucket/run"
+    )
+    line = told(f"--workdir={bucket_url}/mistake", "--config.data.twin=", f"--config.data.records={bucket_url}/none")
+    assert f"no records in {bucket_url}/none: make them with" in line
+    line = told(f"--workdir={bucket_url}/mistake", "--config.data.twin=", f"--config.data.records={records_url}")
+    assert f"the records in {records_url} are 8 pixels wide" in line
+    assert not bucket().exists(f"{bucket_url}/mistake")
+
+
+@pytest.fixture
+def shard(records_url: str, bucket_url: str, request: pytest.FixtureRequest) -> Shard:
+    """A shard's name, and what puts a copy of the records with that shard changed into the bucket and names its folder."""
+    name = "train-00000-of-00002.array_record"
+
+    def changed(change: Callable[[bytes], bytes]) -> str:
+        url = f"{bucket_url}/{request.node.name}"
+        bucket().cp(records_url, url, recursive=True)
+        bucket().pipe_file(f"{url}/{name}", change(bucket().cat_file(f"{url}/{name}")))
+        bucket()
+        return url
+
+    return name, changed
+
+
+def same(a: list[records.Example], b: list[records.Example]) -> bool:
+    return len(a) == len(b) and all(map(runs.same, map(arrays, a), map(arrays, b)))
+
+
+def arrays(example: records.Example) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in example.items()}
+
+
+def test_single_records_are_read_and_damaged_ones_named(shard: Shard) -> None:
+    name, changed = shard
+    here = records.Reader(runs.tiny_records(), "train", FRAME)
+    there = records.Reader(changed(lambda data: data), "train", FRAME)
+    assert same(there.read(name, [3, 0, 8]), here.read(name, [3, 0, 8]))
+    flipped = records.Reader(changed(lambda data: data[:100] + bytes([data[100] ^ 16]) + data[101:]), "train", FRAME)
+    assert same(flipped.read(name, [3]), here.read(name, [3]))
+    with pytest.raises(RecordError, match=r"record 0 is damaged \(.*Riegeli"):
+        flipped.read(name, [0])
+    cut = records.Reader(changed(lambda data: data[:-1]), "train", FRAME)
+    with pytest.raises(UserError, match=rf"{name} is truncated or foreign"):
+        cut.read(name, [3])
+
+
+def test_a_bucket_that_cannot_be_reached_damages_nothing(shard: Shard) -> None:
+    """Such an error is not that of a record, which may be skipped: the run ends so that it is begun again."""
+    name, changed = shard
+    reader = records.Reader(changed(lambda data: data), "train", FRAME)
+    reader.read(name, [0])
+    bucket().rm(f"{reader.root}/{name}")
+    with pytest.raises(LostError, match=r"cannot read record 1 of .*run the same command again") as caught:
+        reader.read(name, [1])
+    assert not isinstance(caught.value, RecordError) and caught.value.code == 1
+
+
+def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, url, copied = [0.0], f"{bucket_url}/mirror", []
+    upload = folders.upload
+    monkeypatch.setattr(folders, "upload", lambda a, b: (copied.append(a.name), upload(a, b)))
+    bucket().pipe_file(f"{url}/old", b"before\n")
+    kept = Mirror(url, ("old", "none"), clock=lambda: now[0])
+    assert (kept.folder / "old").read_bytes() == b"before\n" and not (kept.folder / "none").exists()
+    (kept.folder / "deep").mkdir()
+    (kept.folder / "deep/new").write_bytes(b"1")
+    kept.push()
+    assert sorted(copied) == ["new", "old"] and bucket().cat_file(f"{url}/deep/new") == b"1"
+    with open(kept.folder / "old", "ab") as file:
+        file.write(b"after\n")
+    kept.push_now_and_then()
+    assert len(copied) == 2
+    now[0] += mirror.EVERY
+    kept.push_now_and_then()
+    kept.push()
+    assert copied[2:] == ["old"] and bucket().cat_file(f"{url}/old") == b"before\nafter\n"
+    (kept.folder / "new").write_bytes(b"1")
+    monkeypatch.setattr(folders, "upload", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(LostError, match=f"cannot write {url}/new: No space left; run the same command again to resume"):
+        kept.push()
+    kept.close()
+    assert not kept.folder.exists()
+
+
+def test_a_folder_is_its_own_mirror(tmp_path: pathlib.Path) -> None:
+    kept = Mirror(tmp_path, ())
+    assert kept.folder == tmp_path
+    kept.push()
+    kept.close()
+    assert tmp_path.exists()
+
+
+def test_event_files_end_where_copying_them_would_be_much(tmp_path: pathlib.Path) -> None:
+    """The next one goes on, and forgets nothing of those before it."""
+    writer = event_writer.EventWriter(tmp_path, 0, limit=2_000)
+    for step in range(100):
+        writer.write_scalars(step, {"loss": step / 7})
+    writer.close()
+    files = sorted(tmp_path.iterdir())
+    assert len(files) > 3 and all(path.stat().st_size < 2_200 for path in files)
+    assert [step for step, _ in scalars(read_as_tensorboard(tmp_path), "loss")] == list(range(100))
+
+
+def test_what_else_is_a_url_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="workdir s3://b/run is a URL of another kind than gs://: mount it"):
+        folders.named("s3://b/run", "workdir")
+    with pytest.raises(UserError, match=r"workdir gs:// names no bucket: write gs://BUCKET/FOLDER"):
+        folders.named("gs://", "workdir")
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"workdir gs://b/run is in a bucket.*pip install -e"):
+        folders.named("gs://b/run", "workdir")
+    assert os.fspath(folders.named("~/run")) == os.path.expanduser("~/run")
