@@ -71,10 +71,11 @@ def prepare(
         ("test_fraction", test_fraction, 0 < test_fraction < 1, "above 0 and below 1"),
     )
     root, out = folders.named(root, "--root"), folders.named(out, "--out")
+    splits = None if splits is None else folders.named(splits, "--splits")
     names = co3d_source.find_categories(root, categories)
     scores = co3d_source.read_scores(root, names)
     if splits is not None:
-        chosen = co3d_source.splits_from_list(pathlib.Path(splits), scores, root, partial=categories is not None)
+        chosen = co3d_source.splits_from_list(splits, scores, root, partial=categories is not None)
         dropped: dict[str, int] = {}
     else:
         chosen, dropped = co3d_source.select(scores, top_quantile, test_fraction)
@@ -82,7 +83,7 @@ def prepare(
         "categories": sorted(set(categories)) if categories else None,
         "top_quantile": None if splits is not None else top_quantile,
         "test_fraction": None if splits is not None else test_fraction,
-        "splits": None if splits is None else pathlib.Path(splits).name,
+        "splits": None if splits is None else splits.name,
         "size": size,
         "shards": shards,
         "source": _fingerprint(root, chosen),
@@ -108,10 +109,13 @@ def prepare(
 def _fingerprint(root: pathlib.Path, chosen: co3d_source.Splits) -> str:
     """Changes when other sequences are chosen or the annotations of their frames do (judged by the files' sizes)."""
     categories = sorted({sequence.category for sequences in chosen.values() for sequence in sequences})
-    try:
-        sizes = [(root / category / "frame_annotations.jgz").stat().st_size for category in categories]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename}: {error.strerror}; download the category again") from error
+    sizes = []
+    for category in categories:
+        path = root / category / "frame_annotations.jgz"
+        try:
+            sizes.append(folders.size(path))
+        except folders.failures() as error:
+            raise UserError(f"cannot read {path}: {folders.reason(error)}; download the category again") from error
     what = [sizes, {split: [dataclasses.astuple(s) for s in sequences] for split, sequences in chosen.items()}]
     return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
 

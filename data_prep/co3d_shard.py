@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep import record_folder
+from data_prep import record_folder, sources
 from data_prep.co3d_source import Frame, Selected
+from niso import folders
 from niso.data import records, transforms
 from niso.errors import UserError
 from niso.geometry import camera
@@ -40,13 +41,13 @@ def build(job: Job) -> record_folder.Part:
     encoded frames of one sequence and one full-size image at a time.
     """
     left_out: collections.Counter[str] = collections.Counter()
-    sequences = []
-    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+    sequences, root = [], folders.named(job.root)
+    with records.ShardWriter(folders.named(job.out) / job.file) as writer:
         for selected, frames in job.sequences:
             encoded = []
             for frame in frames:
                 try:
-                    example = make_example(pathlib.Path(job.root), frame, job.size)
+                    example = make_example(root, frame, job.size)
                 except UnusableFrameError as reason:
                     left_out[str(reason)] += 1
                 else:
@@ -100,7 +101,7 @@ def _cameras(frame: Frame, size: int) -> tuple[np.ndarray, np.ndarray]:
 def _load_square(path: pathlib.Path, frame: Frame, size: int) -> Image.Image:
     """The centre square of the image file, resized to size x size, in RGB."""
     try:
-        with Image.open(path) as image:
+        with Image.open(sources.opened(path)) as image:
             return _resize_square(_oriented(image, frame, size), frame, size)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UnusableFrameError("frames with missing image") from error

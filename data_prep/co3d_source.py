@@ -16,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from data_prep import sources
+from niso import folders
 from niso.errors import UserError
 
 # Scores[category][sequence name]: viewpoint quality, bigger is better, None where the annotation has none.
@@ -47,9 +49,11 @@ class Frame:
 
 def find_categories(root: pathlib.Path, wanted: Collection[str] | None) -> list[str]:
     """The sorted categories to read: those wanted, or every folder of ROOT that holds annotations."""
-    if not root.is_dir():
+    if folders.kind(root) != "folder":
         raise UserError(f"no folder {root}: --root is the CO3Dv2 folder that holds one folder per category")
-    found = sorted(path.parent.name for path in root.glob("*/sequence_annotations.jgz"))
+    # Not by a pattern: fsspec would list all of a bucket's frames for it.
+    named = sorted(name for name, is_folder in folders.entries(root) if is_folder)
+    found = [name for name in named if (root / name / "sequence_annotations.jgz").exists()]
     if not found:
         raise UserError(f"{root} holds no <category>/sequence_annotations.jgz: is it the root of a CO3Dv2 folder?")
     unknown = sorted(set(wanted or ()) - set(found))
@@ -66,7 +70,7 @@ def _few(names: Collection[str], most: int = 5) -> str:
 
 def _read_annotations(path: pathlib.Path) -> list[dict[str, Any]]:
     try:
-        with gzip.open(path, "rb") as file:
+        with gzip.open(sources.opened(path), "rb") as file:
             value = json.load(file)
     except FileNotFoundError as error:
         raise UserError(f"{path} is missing: download the category again") from error
@@ -135,7 +139,7 @@ def splits_from_list(path: pathlib.Path, scores: Scores, root: pathlib.Path, par
     sequence always is.  One sequence may be in both splits.
     """
     try:
-        listed: dict[str, dict[str, list[str]]] = json.loads(path.read_bytes())
+        listed: dict[str, dict[str, list[str]]] = json.loads(folders.read(path))
         pairs = [
             (split, category, list(dict.fromkeys(names)))
             for split, part in listed.items()

@@ -77,7 +77,7 @@ class Regenerated:
     def open(cls, root: pathlib.Path, copies: int, seed: int) -> "Regenerated":
         """Of the test split of a folder of records of MNIST; UserError where it is missing or holds something else."""
         make = f"make them with `python -m data_prep.mnist --root MNIST --out {root}`"
-        if not (root / "manifest.json").is_file():
+        if folders.kind(root / "manifest.json") != "file":
             raise UserError(f"no records of MNIST in {root}: {make}, and set --mnist to that folder")
         manifest = records.Manifest.read(root)
         if (manifest.dataset, manifest.size) != ("mnist", DIGIT) or not manifest.splits.get(SPLIT):
@@ -143,20 +143,20 @@ def prepare(
     if (mat is None) == (mnist is None):
         which = "neither is set" if mat is None else "both are set"
         raise UserError(f"{which}: set --mat, to the published file, or --mnist, to records of MNIST to make a set from")
+    out = folders.named(out, "--out")
     images: Published | Regenerated
     if mat is not None:
         if copies is not None or seed is not None:
             raise UserError(f"--copies and --seed are for --mnist: the homographies in {mat} are what they are, leave them out")
         record_folder.check(SIZE, 1, shards)
-        source = pathlib.Path(mat).expanduser()
+        source = folders.named(mat, "--mat")
         images = Published(*homnist_mat.read(source))
     else:
         copies, seed = COPIES if copies is None else copies, SEED if seed is None else seed
         rules = [("copies", copies, copies >= 1, "at least 1"), ("seed", seed, 0 <= seed < 2**31, "between 0 and 2147483647")]
         record_folder.check(SIZE, 1, shards, *rules)
-        source = pathlib.Path(mnist or "").expanduser()
+        source = folders.named(mnist or "", "--mnist")
         images = Regenerated.open(source, copies, seed)
-    out = folders.named(out, "--out")
     target = record_folder.Folder(
         out,
         DATASET,
@@ -178,7 +178,7 @@ def prepare(
 def build(job: Job) -> record_folder.Part:
     """Makes the shard; depends on nothing but the job, so a second run on such a machine gives equal bytes."""
     schema = records.still(SIZE, channels=1, labelled=True)
-    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+    with records.ShardWriter(folders.named(job.out) / job.file) as writer:
         for image_NxHxW, label_N in job.blocks:
             for image_HxW, label in zip(image_NxHxW, label_N.astype(np.int64), strict=True):
                 writer.write(records.encode({"image_HxWxC": image_HxW[..., None], "label": label}, schema))

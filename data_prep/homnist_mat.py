@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 import scipy.io
 
+from data_prep import sources
+from niso import folders
 from niso.errors import UserError
 
 SIZE, CLASSES = 40, 10
@@ -20,32 +22,37 @@ _FETCH = "fetch it again, or make such a set from MNIST: --mnist RECORDS_OF_MNIS
 def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray, str]:
     """image_NxHxW, uint8 or floats in [0, 1], label_N, int64, and a fingerprint of the file.
 
-    The array of the file is in memory once.
+    The array of the file is in memory once; a file in a bucket is copied to this machine while it is read.
 
     Raises:
         UserError: no such file, or none of MATLAB's; truncated; without a key; other shapes or values.
     """
-    if not path.is_file():
+    if folders.kind(path) != "file":
         raise UserError(f"no file {path}: set --mat to the published homNIST test set, a .mat file with {' and '.join(KEYS)}")
-    found = _load(path)
+    with sources.on_disk(path) as copy:
+        found, digest = _load(copy, path), _digest(copy)
     image_NxHxW, label_N = _images(found[KEYS[0]], path), _labels(found[KEYS[1]], path)
     if len(image_NxHxW) != len(label_N) or not len(label_N):
         raise UserError(f"{path} has {len(image_NxHxW)} images and {len(label_N)} labels: it is no homNIST set; {_FETCH}")
     _check_values(image_NxHxW, path)
     _check_upright(image_NxHxW[np.flatnonzero(label_N == 1)[:_BLOCK]], path)
+    return image_NxHxW, label_N, digest
+
+
+def _digest(path: pathlib.Path) -> str:
     with open(path, "rb") as file:
-        return image_NxHxW, label_N, hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        return hashlib.file_digest(file, "sha256").hexdigest()[:16]
 
 
-def _load(path: pathlib.Path) -> dict[str, Any]:
-    """What the file has under KEYS."""
+def _load(copy: pathlib.Path, path: pathlib.Path) -> dict[str, Any]:
+    """What the file has under KEYS; errors call it by its path."""
     try:
-        found = scipy.io.loadmat(path, appendmat=False, variable_names=KEYS)
+        found = scipy.io.loadmat(copy, appendmat=False, variable_names=KEYS)
     except NotImplementedError as error:
         convert = "img_data = uint8(255 * img_data); save('homnist.mat', 'img_data', 'labels', '-v7')"
         raise UserError(f"{path} is of MATLAB's version 7.3 (HDF5), which is not read: convert it, in MATLAB: {convert}") from error
     except MemoryError as error:
-        needed = f"{path.stat().st_size / 1e9:.1f} GB"
+        needed = f"{folders.size(copy) / 1e9:.1f} GB"
         raise UserError(f"{path} does not fit into memory, of which it needs {needed}: take a larger machine") from error
     except Exception as error:  # which one depends on where the file ends
         if isinstance(error, OSError) and error.errno is not None:

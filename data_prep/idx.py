@@ -13,6 +13,7 @@ import zlib
 
 import numpy as np
 
+from niso import folders
 from niso.errors import UserError
 
 # Third byte: the type of the values, 8 for unsigned bytes. Fourth: the number of axes.
@@ -50,7 +51,7 @@ def decode(content: bytes, axes: int, path: str | os.PathLike[str]) -> np.ndarra
 def read(path: pathlib.Path) -> bytes:
     """The file's content, unpacked if it is gzip's, whatever the file is called; UserError if it cannot be read or unpacked."""
     try:
-        content = path.read_bytes()
+        content = folders.read(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; run again when it can be read") from error
     if not content.startswith(_GZIP):

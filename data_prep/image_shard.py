@@ -10,7 +10,8 @@ import warnings
 import numpy as np
 from PIL import Image, ImageOps
 
-from data_prep import record_folder
+from data_prep import record_folder, sources
+from niso import folders
 from niso.data import records, transforms
 from niso.geometry import camera
 
@@ -34,10 +35,10 @@ def build(job: Job) -> record_folder.Part:
     """Makes the shard; depends on nothing but the job and the pictures, so a second run gives equal bytes."""
     left_out: collections.Counter[str] = collections.Counter()
     named = []
-    schema = records.still(job.size)
-    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+    schema, root = records.still(job.size), folders.named(job.root)
+    with records.ShardWriter(folders.named(job.out) / job.file) as writer:
         for picture in job.pictures:
-            path = pathlib.Path(job.root, picture)
+            path = root / picture
             try:
                 squares = cut(path, job.size, [random_square(job.seed, picture, n) for n in range(job.crops)])
             except transforms.UNREADABLE as error:
@@ -69,7 +70,7 @@ def cut(path: pathlib.Path, size: int, squares: list[tuple[float, float, float]]
         transforms.UNREADABLE: it is no picture, a damaged one, or one of real numbers.
     """
     # Of a million files, thousands have odd EXIF entries or palettes that Pillow warns of.
-    with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+    with warnings.catch_warnings(action="ignore"), Image.open(sources.opened(path)) as image:
         width, height = transforms.upright_size(image)
         if squares:
             boxes = [_box(width, height, size, *square) for square in squares]

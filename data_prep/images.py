@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from data_prep import image_shard, record_folder, tasks
 from niso import folders
 from niso.data import records
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 DATASET = "images"
 PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
@@ -106,10 +106,10 @@ def choose(root: pathlib.Path, test_fraction: float | None, seed: int) -> tuple[
     Raises:
         UserError: there is no such folder, a split has no picture, or test_fraction is given though the tree has splits.
     """
-    if not root.is_dir():
+    if folders.kind(root) != "folder":
         raise UserError(f"no folder {root}: set --root to a folder of pictures ({', '.join(PICTURES)})")
-    held_out = next((name for name in _HELD_OUT if (root / name).is_dir()), None)
-    if held_out is not None and (root / "train").is_dir():
+    held_out = next((name for name in _HELD_OUT if folders.kind(root / name) == "folder"), None)
+    if held_out is not None and folders.kind(root / "train") == "folder":
         if test_fraction is not None:
             remedy = "leave out --test_fraction, or set --root to one of them"
             raise UserError(f"{root} has folders of its own for the splits, train/ and {held_out}/: {remedy}")
@@ -135,26 +135,34 @@ def choose(root: pathlib.Path, test_fraction: float | None, seed: int) -> tuple[
 
 def find(root: pathlib.Path, below: str = "") -> Iterator[str]:
     """The pictures in root/below and all folders in it, as paths within root with /, in no order; links are followed."""
-    seen: set[tuple[int, int]] = set()
+    seen: set[tuple[int, int] | str] = set()
     waiting = [below]
     while waiting:
         folder = waiting.pop()
         try:
-            status = os.stat(root / folder)
-            if (status.st_dev, status.st_ino) in seen:  # a link to a folder above it
+            place = _place(root / folder)
+            if place in seen:  # a link to a folder above it
                 continue
-            seen.add((status.st_dev, status.st_ino))
-            with os.scandir(root / folder) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    path = f"{folder}/{entry.name}" if folder else entry.name
-                    if entry.is_dir():
-                        waiting.append(path)
-                    elif entry.name.lower().endswith(PICTURES):
-                        yield path
-        except OSError as error:
-            raise UserError(f"cannot read the folder {root / folder}: {error.strerror}") from error
+            seen.add(place)
+            for name, is_folder in folders.entries(root / folder):
+                if name.startswith("."):
+                    continue
+                path = f"{folder}/{name}" if folder else name
+                if is_folder:
+                    waiting.append(path)
+                elif name.lower().endswith(PICTURES):
+                    yield path
+        except folders.failures() as error:
+            kind = LostError if folders.remote(root) else UserError
+            raise kind(f"cannot read the folder {root / folder}: {folders.reason(error)}") from error
+
+
+def _place(folder: pathlib.Path) -> tuple[int, int] | str:
+    """The same for every link to a folder, which there are none of in a bucket."""
+    if folders.remote(folder):
+        return os.fspath(folder)
+    status = os.stat(folder)
+    return status.st_dev, status.st_ino
 
 
 def _share(seed: int, picture: str) -> float:

@@ -1,10 +1,13 @@
 """Files of triangle meshes, in folders that are their classes: PLY, OBJ and OFF (by trimesh), and NPZ."""
 
+import io
 import pathlib
 import zipfile
 
 import numpy as np
 
+from data_prep import sources
+from niso import folders
 from niso.errors import UserError
 
 SUFFIXES = (".npz", ".obj", ".off", ".ply")
@@ -18,7 +21,7 @@ def find(root: pathlib.Path) -> dict[str, dict[str, str]]:
     Raises:
         UserError: there is no such folder or no mesh in it, or two files are the same mesh in two formats.
     """
-    if not root.is_dir():
+    if folders.kind(root) != "folder":
         raise UserError(f"no folder {root}: set --root to a folder of classes, each a folder of meshes ({', '.join(SUFFIXES)})")
     found: dict[str, dict[str, str]] = {}
     for path in sorted(root.glob("[!.]*/[!.]*")):
@@ -54,13 +57,16 @@ def read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
     Raises:
         UserError: it is no mesh or damaged, or trimesh is missing (`require`).
         OSError: the operating system cannot read it; has a number.
+        LostError: the bucket cannot be read.
     """
     if path.suffix.lower() != ".npz":
         require([path.name])
-    with open(path, "rb") as file:
-        file.read(1)  # what trimesh says of files that cannot be read names no reason
+    source, suffix = sources.opened(path), path.suffix.lower()
+    if isinstance(source, pathlib.Path):
+        with open(source, "rb") as file:
+            file.read(1)  # what trimesh says of files that cannot be read names no reason
     try:
-        return _read_npz(path) if path.suffix.lower() == ".npz" else _read_mesh(path)
+        return _read_npz(source) if suffix == ".npz" else _read_mesh(source, suffix)
     except Exception as error:  # parsers of broken files raise whatever they stumble over
         if isinstance(error, OSError) and error.errno is not None:
             raise
@@ -78,16 +84,19 @@ def require(files: list[str]) -> None:
             raise UserError(f"meshes such as {wanting[0]} need trimesh: pip install -e '.[prep]'") from None
 
 
-def _read_npz(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
-    if not zipfile.is_zipfile(path):
+def _read_npz(source: pathlib.Path | io.BytesIO) -> tuple[np.ndarray, np.ndarray]:
+    if not zipfile.is_zipfile(source):
         raise ValueError("it is no NPZ file of vertex_Vx3 and face_Fx3")
-    with np.load(path) as arrays:
+    if isinstance(source, io.BytesIO):
+        source.seek(0)
+    with np.load(source) as arrays:
         return np.asarray(arrays["vertex_Vx3"], np.float64), arrays["face_Fx3"]
 
 
-def _read_mesh(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+def _read_mesh(source: pathlib.Path | io.BytesIO, suffix: str) -> tuple[np.ndarray, np.ndarray]:
     import trimesh
 
     # As it is: merged or reordered vertices would not be those of its map to the sphere, which may be in another file.
-    mesh = trimesh.load_mesh(path, process=False, maintain_order=True, skip_materials=True, group_material=False)
+    as_it_is = {"process": False, "maintain_order": True, "skip_materials": True, "group_material": False}
+    mesh = trimesh.load_mesh(source, file_type=suffix.removeprefix("."), **as_it_is)
     return np.asarray(mesh.vertices, np.float64), np.asarray(mesh.faces)

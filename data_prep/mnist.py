@@ -108,7 +108,8 @@ def read(root: pathlib.Path, verify: bool = True) -> tuple[dict[str, tuple[np.nd
     Raises:
         UserError: a file is missing or damaged, or, with verify, not MNIST's; images and labels do not fit each other.
     """
-    found = {name: path for name in SHA256 for path in (root / f"{name}.gz", root / name) if path.is_file()}
+    paths = [(name, path) for name in SHA256 for path in (root / f"{name}.gz", root / name)]
+    found = {name: path for name, path in paths if folders.kind(path) == "file"}
     if missing := [name for name in SHA256 if name not in found]:
         raise UserError(f"no {' and no '.join(missing)} in {root}, with or without .gz; {_SOURCES}")
     splits, fingerprint = {}, hashlib.sha256()
@@ -146,7 +147,7 @@ def _check(images: pathlib.Path, image_NxHxW: np.ndarray, labels: pathlib.Path, 
 def build(job: Job) -> record_folder.Part:
     """Makes the shard; depends on nothing but the job, so a second run gives equal bytes."""
     schema = records.still(SIZE, channels=1, labelled=True)
-    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+    with records.ShardWriter(folders.named(job.out) / job.file) as writer:
         for image_HxW, label in zip(job.image_NxHxW, job.label_N.astype(np.int64), strict=True):
             writer.write(records.encode({"image_HxWxC": image_HxW[..., None], "label": label}, schema))
     return record_folder.note(writer, [records.Sequence(job.file.partition(".")[0], "digits", job.file, 0, writer.count, None)], {})

@@ -10,8 +10,9 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
+from niso import folders
 from niso.data import records
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 MISSING = "is missing"
 
@@ -39,7 +40,11 @@ def note(
     reports: Reports = (),
 ) -> Part:
     """What is to be noted of the shard of this closed writer: a builder's result, see `make`."""
-    return Part(records.describe_shard(writer.path, writer.count), tuple(sequences), dict(left_out), tuple(named), tuple(reports))
+    try:
+        shard = records.describe_shard(writer.path, writer.count)
+    except folders.failures() as error:
+        raise LostError(f"cannot read {writer.path} again: {folders.reason(error)}; run the same command again") from error
+    return Part(shard, tuple(sequences), dict(left_out), tuple(named), tuple(reports))
 
 
 def make(build: Callable[[J], Part], out: pathlib.Path, settings: str, job: J) -> Part:
@@ -67,7 +72,7 @@ def find(out: pathlib.Path, file: str, settings: str) -> tuple[Part | None, str]
         raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
     if value.get("settings", settings) != settings:  # notes of earlier versions have none
         return None, "was made with other options"
-    size = shard.stat().st_size
+    size = folders.size(shard)
     if size != part.shard.bytes:
         return None, f"has {size} bytes, it was made with {part.shard.bytes}"
     return part, ""
@@ -87,8 +92,8 @@ def verify(out: pathlib.Path, settings: str, file: str) -> tuple[Part | None, st
     else:
         try:
             found = records.describe_shard(out / file, counted)
-        except OSError as error:  # the disk's fault, not the note's
-            return None, f"cannot be read ({error.strerror})"
+        except folders.failures() as error:  # the disk's fault, not the note's
+            return None, f"cannot be read ({folders.reason(error)})"
         if found != part.shard:
             wrong = "is not what was made: its checksum is another"
     if wrong:

@@ -18,8 +18,9 @@ from typing import Any, Generic, TypeVar
 from data_prep import parts as shard_parts
 from data_prep import pool
 from data_prep.parts import Part, note
+from niso import folders
 from niso.data import records
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 __all__ = ["Folder", "Kept", "Part", "Plan", "Rule", "blame_the_disk", "check", "command_line", "deal", "note"]
 
@@ -87,7 +88,12 @@ class Folder(Generic[W]):
         if not pending and self.is_finished(progress):
             return records.Manifest.read(self.out)
         self.make_shards(pending, build, jobs, workers, progress)
+        self.look()
         return self.finish({file: part for file in self.files if (part := self._find(file))}, summarise if progress else None)
+
+    def look(self) -> None:
+        """Where the folder is in a bucket: sees it as it is now, whoever has written there."""
+        folders.look(self.out, self._begun.parent)
 
     @functools.cached_property
     def files(self) -> list[str]:
@@ -96,6 +102,7 @@ class Folder(Generic[W]):
 
     def pending(self, files: Sequence[str]) -> Plan[W]:
         """Those of the shards that are to be made."""
+        self.look()
         items = {file: items for of_split in self.plan.values() for file, items in of_split.items()}
         return {file: items[file] for file in files if self._find(file) is None}
 
@@ -125,13 +132,16 @@ class Folder(Generic[W]):
 
     def claim(self) -> None:
         """Notes the options in a new folder; refuses a folder that was begun with others."""
+        self.look()
         if not self._begun.exists():
             if (self.out / "manifest.json").exists():
                 raise UserError(f"{self.out} holds records that were not made by this program: choose another --out")
-            try:
-                self._begun.parent.mkdir(parents=True, exist_ok=True)
-            except OSError as error:
-                raise UserError(f"cannot make the folder {self._begun.parent}: {error.strerror}; choose another --out") from error
+            if not folders.remote(self.out):  # there every name may have slashes
+                try:
+                    self._begun.parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    reason = f"{error.strerror}; choose another --out"
+                    raise UserError(f"cannot make the folder {self._begun.parent}: {reason}") from error
             records.write_json(self._begun, self.options)
         self.is_begun()  # another task may have begun it in the same moment
 
@@ -234,12 +244,22 @@ def check(size: int, workers: int, shards: int | None, *more: Rule) -> None:
 
 
 def command_line(prepare: Callable[..., Any], parser: argparse.ArgumentParser, argv: list[str] | None) -> int:
-    """Runs prepare with the arguments; returns the exit code: 0, 2 after a message to the user, 130 after Ctrl-C."""
+    """Runs prepare with the arguments; returns the exit code: 0, 2 after a message to the user, 130 after Ctrl-C.
+
+    1 after a message on what is no mistake: a bucket was lost.
+    """
+    given = vars(parser.parse_args(argv))
     try:
-        prepare(**vars(parser.parse_args(argv)))
+        prepare(**given)
     except UserError as error:
         print(error, file=sys.stderr)
-        return 2
+        return error.code
+    except folders.failures() as error:
+        urls = [value for value in given.values() if isinstance(value, str) and folders.remote(value)]
+        if not urls:
+            raise
+        print(f"cannot use {' or '.join(urls)}: {folders.reason(error)}; run again when it can be used", file=sys.stderr)
+        return LostError.code
     except KeyboardInterrupt:
         print("interrupted: run the same command again, finished shards are kept", file=sys.stderr)
         return 130

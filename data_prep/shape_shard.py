@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 
 from data_prep import conformal, mesh_files, record_folder, sphere_raster
+from niso import folders
 from niso.data import records
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 _LEVELS = np.iinfo(np.uint16).max
 
@@ -42,12 +43,13 @@ def build(job: Job) -> record_folder.Part:
     """Makes the shard; depends on nothing but the job and the files, so a second run gives equal bytes.  Reports every mesh."""
     left_out: collections.Counter[str] = collections.Counter()
     named, sequences, reports, schema = [], [], [], records.surface(job.size)
-    with records.ShardWriter(pathlib.Path(job.out, job.file)) as writer:
+    root = folders.named(job.root)
+    with records.ShardWriter(folders.named(job.out) / job.file) as writer:
         for mesh in job.meshes:
             report: dict[str, Any] = {"file": mesh.file, "class": mesh.category, "split": job.file.partition("-")[0]}
             try:
-                result = _mapped(pathlib.Path(job.root), mesh, report)
-                map_KxXxY = _moebius_maps(pathlib.Path(job.root), mesh, result.sphere_Vx3, report)
+                result = _mapped(root, mesh, report)
+                map_KxXxY = _moebius_maps(root, mesh, result.sphere_Vx3, report)
             except _UselessError as why:
                 left_out[why.kind] += 1
                 named.append(f"{mesh.file} ({why})")
@@ -110,6 +112,8 @@ def _read(path: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
         return mesh_files.read(path)
     except OSError as error:
         record_folder.blame_the_disk(path, error)
+        raise
+    except LostError:
         raise
     except UserError as error:
         raise _UselessError("unreadable meshes", str(error)) from error

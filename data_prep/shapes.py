@@ -146,13 +146,13 @@ def find(
     """
     base, prefix, maps, moved = root, "", {}, {}
     if layout == "cshrec11":
-        if missing := [name for name in ("base", "base_sphere") if not (root / name).is_dir()]:
+        if missing := [name for name in ("base", "base_sphere") if folders.kind(root / name) != "folder"]:
             raise UserError(f"no folder {root / missing[0]}: set --root to the published data set, or leave out --layout")
         base, prefix, maps = root / "base", "base/", mesh_files.find(root / "base_sphere")
         moved = {
             path.relative_to(root / MOVED).as_posix(): tuple(f"{MOVED}/{file}" for file in mesh_files.numbered(path, root / MOVED))
-            for path in sorted(root.glob(f"{MOVED}/[!.]*/[!.]*/"))
-            if not without_maps
+            for path in sorted(root.glob(f"{MOVED}/[!.]*/[!.]*"))
+            if not without_maps and folders.kind(path) == "folder"
         }
     found = mesh_files.find(base)
     if unknown := sorted(set(exclude or ()) - set(found)):

@@ -29,6 +29,7 @@ from PIL import Image
 from data_prep import turntable
 from data_prep.raycast import render
 from data_prep.twin import SIZES, Sequence, annotated_cameras, cameras, plan, scene
+from niso import folders
 from niso.errors import UserError
 
 SUBSET = "fewview_dev"
@@ -231,13 +232,15 @@ def _progress(total: int) -> Callable[[int], None]:
 def main(argv: list[str] | None = None) -> int:
     """The command line; 0, or 2 after one line on stderr that says what to change."""
     parser = argparse.ArgumentParser("python -m data_prep.synthetic_co3d", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="root folder of the twin; made if missing")
+    parser.add_argument("--out", required=True, help="root folder of the twin; made if missing")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
     options = parser.parse_args(argv)
     try:
-        generate(options.out, options.size, options.seed, options.workers)
+        if folders.remote(options.out):
+            raise UserError(f"--out {options.out} is in a bucket: make the twin in a folder of this machine, and copy that")
+        generate(folders.named(options.out, "--out"), options.size, options.seed, options.workers)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2

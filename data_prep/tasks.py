@@ -23,6 +23,7 @@ from typing import TypeVar
 
 from data_prep import parts, pool
 from data_prep.record_folder import Folder, Kept, Part, Plan
+from niso import folders
 from niso.data import records
 from niso.errors import UserError
 
@@ -145,8 +146,10 @@ def _verified(folder: Folder[W], workers: int, progress: bool) -> dict[str, Part
     if not folder.is_begun():
         first = _command(folder, "--task", "I/N")
         raise UserError(f"nothing to merge in {out}: run every task first, `{first}` with I from 0 to N - 1")
-    if others := sorted({path.name for path in out.glob("*.array_record")} - set(files)):
+    there = {name for name, _ in folders.entries(out) if name.endswith(".array_record")}
+    if others := sorted(there - set(files)):
         raise UserError(f"{out} holds {len(others)} shards that are none of these records, {others[0]} first: delete them")
+    folder.look()
     verified: dict[str, Part] = {}
     wrong: dict[str, str] = {}
     bar = pool.Progress(len(files), folder.units)

@@ -185,8 +185,9 @@ class Checkpoints:
                     file=sys.stderr, flush=True,
                 )  # fmt: skip
                 try:
-                    aside.mkdir(exist_ok=True)
-                    there = aside.iterdir() if aside.exists() else ()  # an empty folder is none in a bucket
+                    if not folders.remote(aside):  # where every name may have slashes
+                        aside.mkdir(exist_ok=True)
+                    there = aside.iterdir() if aside.exists() else ()
                     taken = sum(path.name.partition(".")[0] == str(step) for path in there)
                     folders.move(self.folder / str(step), aside / (f"{step}.{taken}" if taken else str(step)))
                 except folders.failures() as error:

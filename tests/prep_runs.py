@@ -77,10 +77,10 @@ def by_two_tasks(prepare: Callable[..., Any], root: pathlib.Path, out: pathlib.P
     return out
 
 
-def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: str) -> str:
+def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int], *arguments: str, code: int = 2) -> str:
     """The one line with which a command is refused; the lines of its progress are not counted."""
     capsys.readouterr()
-    assert main(list(arguments)) == 2
+    assert main(list(arguments)) == code
     said = capsys.readouterr()
     (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ shards, ", line)]
     assert said.out == ""

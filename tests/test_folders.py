@@ -1,6 +1,7 @@
-"""Buckets by their URL: refused in one line before anything is made, wherever a folder can be named."""
+"""URLs that are of no bucket: refused in one line before anything is made, wherever a folder can be named."""
 
 import pathlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,24 @@ from niso import folders, train
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
 from niso.errors import UserError
+from tests.toy_records import message
 
-URL = "gs://bucket/folder"
+URL = "s3://bucket/folder"
+# What is called with one folder and is refused for it, and the flag that names it.
+PREPARATIONS: list[tuple[str, Callable[[str], Any]]] = [
+    ("--root", lambda url: co3d.prepare(url, "records")),
+    ("--out", lambda url: co3d.prepare("co3d", url)),
+    ("--splits", lambda url: co3d.prepare("co3d", "records", splits=url)),
+    ("--root", lambda url: images.prepare(url, "records")),
+    ("--out", lambda url: images.prepare("pictures", url)),
+    ("--root", lambda url: mnist.prepare(url, "records")),
+    ("--out", lambda url: mnist.prepare("mnist", url)),
+    ("--root", lambda url: shapes.prepare(url, "records")),
+    ("--out", lambda url: shapes.prepare("meshes", url)),
+    ("--mat", lambda url: homnist.prepare("records", mat=url)),
+    ("--mnist", lambda url: homnist.prepare("records", mnist=url)),
+    ("--out", lambda url: homnist.prepare(url, mnist="mnist")),
+]
 
 
 def experiment(**changes: str) -> Experiment:
@@ -32,25 +49,29 @@ def dataset(**changes: str) -> Any:
         ("workdir", lambda: train.run(experiment(), URL)),
         ("config.data.records", lambda: dataset(twin="", records=URL)),
         ("config.data.test_records", lambda: dataset(twin="tiny", test_records=URL)),
-        ("--root", lambda: images.prepare(URL, "records")),
-        ("--out", lambda: images.prepare("pictures", URL)),
-        ("--out", lambda: co3d.prepare("co3d", URL)),
-        ("--out", lambda: mnist.prepare("mnist", URL)),
-        ("--out", lambda: shapes.prepare("meshes", URL)),
     ],
 )
 def test_urls_are_refused(what: str, call: Callable[[], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        call()
-    assert str(caught.value) == f"{what} {URL} is a URL: mount the bucket (README, On a pod) and give the mounted folder"
+    assert message(call) == f"{what} {URL} is a URL of another kind than gs://: mount it, and give the mounted folder"
     assert not list(tmp_path.iterdir())
 
 
-def test_of_homnist_too(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(homnist.Regenerated, "open", lambda *_: None)  # the digits, which are read first
-    with pytest.raises(UserError, match="--out gs://bucket/folder is a URL"):
-        homnist.prepare(URL, mnist=tmp_path)
+@pytest.mark.parametrize("what,prepare", PREPARATIONS)
+def test_of_preparations_too(
+    what: str, prepare: Callable[[str], Any], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And buckets, where what reads them is not installed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    for url, words in (
+        (URL, "is a URL of another kind than gs://: mount it, and give the mounted folder"),
+        ("http://host/folder", "is a URL of another kind than gs://: mount it, and give the mounted folder"),
+        ("gs://", "names no bucket: write gs://BUCKET/FOLDER"),
+        ("gs://bucket/folder", f"is in a bucket, and the packages for these are not installed: {folders.INSTALL}"),
+    ):
+        assert message(lambda url=url: prepare(url)) == f"{what} {url} {words}"
+    assert not list(tmp_path.iterdir())
 
 
 def test_other_folders_are_taken_as_they_are() -> None:

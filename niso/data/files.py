@@ -6,7 +6,7 @@ import pathlib
 from typing import Any
 
 from niso import folders
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 REPAIR = "delete that file and run the data preparation again, it makes only what is missing"
 
@@ -22,13 +22,15 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Writes the file whole or not at all (temporary name, flush to disk, rename); UserError when it cannot."""
+    """Writes the file whole or not at all (temporary name, flushed, renamed); UserError when it cannot (in a bucket LostError)."""
     path = folders.named(path)
     if folders.remote(path):
         try:
             path.write_text(text, encoding="utf-8")
         except folders.failures() as error:
-            raise UserError(f"cannot write {path}: {folders.reason(error)}; choose another --out") from error
+            raise LostError(
+                f"cannot write {path}: {folders.reason(error)}; run the same command again, or with another --out"
+            ) from error
         return
     scratch = temporary(path)
     try:

@@ -71,7 +71,8 @@ class ShardWriter:
                 self._guard(self._writer.close)
                 self._publish()
         except folders.failures() as error:
-            raise UserError(f"cannot write {self.path}: {folders.reason(error)}; run the same command again") from error
+            kind = LostError if folders.remote(self.path) else UserError
+            raise kind(f"cannot write {self.path}: {folders.reason(error)}; run the same command again") from error
         finally:
             del self._writer
             self._scratch.unlink(missing_ok=True)
