@@ -86,9 +86,9 @@ def pod(topology: str) -> Sequence[Any]:
 
 def _print_arrays(program: Program) -> None:
     """Parameters, batch, and what the whole state takes."""
-    names = [*program.parameter_shapes]
-    rows = [_array(name, program.parameter_shapes[name], program.parameter_sharding[name]) for name in names]
-    _print_table([["parameter", "shape", "sharding", "bytes per device"], *rows])
+    shapes, places = program.parameter_shapes, program.parameter_sharding
+    rows = [[*_array(name, shapes[name], places[name]), *_moments(program, name)] for name in shapes]
+    _print_table([["parameter", "shape", "sharding", "bytes per device", "its moments", "bytes per device"], *rows])
     shapes, places = program.batch_shapes, program.batch_sharding
     rows = [_array(name, shapes[name], places[name]) for name in shapes]
     _print_table([["batch", "shape", "sharding", "bytes per device"], *rows])
@@ -102,6 +102,17 @@ def _print_arrays(program: Program) -> None:
 def _array(name: str, shape: jax.ShapeDtypeStruct, place: NamedSharding) -> list[str]:
     spec = ", ".join("-" if axis is None else str(axis) for axis in place.spec) or "whole"
     return [name, f"{shape.dtype.name}[{', '.join(map(str, shape.shape))}]", spec, readable(_bytes(shape, place))]
+
+
+def _moments(program: Program, name: str) -> list[str]:
+    """How many arrays the optimiser has for a parameter, of its shape, how they are sharded, and their bytes."""
+    leaves = jax.tree_util.tree_flatten_with_path(program.state_shapes.opt_state)[0]
+    places = jax.tree.leaves(program.state_sharding.opt_state)
+    found = [(leaf, place) for (path, leaf), place in zip(leaves, places, strict=True) if tree.leaf_name(path) == name]
+    if not found:
+        return ["-", "0 B"]
+    shardings = sorted({_array("", leaf, place)[2] for leaf, place in found})
+    return [f"{len(found)} x {' or '.join(shardings)}", readable(sum(_bytes(leaf, place) for leaf, place in found))]
 
 
 def _bytes(shape: jax.ShapeDtypeStruct, place: NamedSharding) -> int:

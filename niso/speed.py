@@ -71,7 +71,7 @@ class StepTimer:
 
 @dataclasses.dataclass(frozen=True)
 class Utilisation:
-    """What one step computes (products and convolutions, on all devices, cost.operations), and the published peak of these
+    """What one step computes (products and convolutions, on all devices, Program.model_operations), and the published peak of these
     devices together in FLOP/s: None for CPUs and others that hardware.py does not have."""
 
     operations: float

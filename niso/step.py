@@ -12,7 +12,7 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Mesh
 
-from niso import metrics, rng, sharding, tree
+from niso import cost, metrics, rng, sharding, tree
 from niso.errors import UserError
 from niso.metrics import Mean, Metrics
 from niso.replicas import Replicas
@@ -115,6 +115,21 @@ class Program:
     def learning_rate(self, step: int) -> float:
         """Learning rate of the update that led to `step`."""
         return self.experiment.optimizer.rate(self.experiment.steps, step - 1)
+
+    def model_operations(self, traced: jax.stages.Traced | None = None) -> float:
+        """FLOP of the matrix products and convolutions of one update, all devices together (cost.operations): what its result
+        takes, without what rematerialisation and micro-batches do twice.
+
+        Args:
+          traced: `train`, where it has been traced already.
+        """
+        e = self.experiment
+        if getattr(e.task, "remat", False) or e.optimizer.accumulate > 1:
+            plain: Any = dataclasses.replace(e.task, remat=False) if hasattr(e.task, "remat") else e.task  # type: ignore[call-arg]
+            e = dataclasses.replace(e, task=plain, optimizer=dataclasses.replace(e.optimizer, accumulate=1))
+            shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in self.example_shapes.items()}
+            return Program(e, self.mesh, shapes).model_operations()
+        return cost.operations(traced or self.train.trace(self.state_shapes, self.batch_shapes)).total
 
     # Below, everything is of one replica: `seed` is a number, or a replica's key where several are mapped over.
 

@@ -154,7 +154,7 @@ class Telemetry:
             self.say(f"compiled in {seconds:.1f} s")
             self._events.write_scalars(self._resume_step, {"time/compile_seconds": seconds})
             device, dtype = program.mesh.devices.flat[0], getattr(program.task, "dtype", "float32")
-            self._work = Utilisation.of(cost.operations(traced).total, program.mesh.size, device.device_kind, dtype)
+            self._work = Utilisation.of(program.model_operations(traced), program.mesh.size, device.device_kind, dtype)
         self._profiler.tick(self._resume_step)
         return step
 

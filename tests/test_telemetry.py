@@ -22,7 +22,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 from tensorboard.plugins.hparams.metadata import SESSION_START_INFO_TAG, parse_session_start_info_plugin_data
 from tensorboard.util.tensor_util import make_ndarray
 
-from niso import telemetry
+from niso import cost, telemetry
 from niso.errors import UserError
 from niso.event_writer import METRICS_FILE, AppendFile, EventWriter, JsonlWriter, drop_after
 from niso.telemetry import Telemetry
@@ -203,7 +203,10 @@ def program(dtype: str = "bfloat16", kind: str | None = None) -> Any:
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     if kind:
         mesh = SimpleNamespace(size=2, devices=np.array([SimpleNamespace(device_kind=kind)]))  # type: ignore[assignment]
-    return SimpleNamespace(train=step, state_shapes=shape, batch_shapes=shape, mesh=mesh, task=SimpleNamespace(dtype=dtype))
+    return SimpleNamespace(
+        train=step, state_shapes=shape, batch_shapes=shape, mesh=mesh, task=SimpleNamespace(dtype=dtype),
+        model_operations=lambda traced: cost.operations(traced).total,
+    )  # fmt: skip
 
 
 def test_the_step_is_compiled_once_and_keeps_donation_and_shardings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,7 +13,6 @@ turns with niso's own; its `ratio` is the median over the rounds of its time ove
 
 import argparse
 import ast
-import dataclasses
 import difflib
 import functools
 import importlib
@@ -31,7 +30,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 import configs
-from niso import cost, hardware, sharding
+from niso import hardware, sharding
 from niso.config import Experiment, flat
 from niso.errors import UserError
 from niso.step import Program, TrainState
@@ -102,17 +101,6 @@ def random_batch(p: Program) -> dict[str, Array]:
     return p.place(host)
 
 
-def step_flops(e: Experiment) -> float:
-    """Floating-point operations of the matrix products and convolutions of one update, all devices together
-    (niso.cost.operations), without what rematerialisation and micro-batches do twice."""
-    task: Any = e.task
-    if hasattr(task, "remat"):
-        task = dataclasses.replace(task, remat=False)
-    plain = dataclasses.replace(e, task=task, optimizer=dataclasses.replace(e.optimizer, accumulate=1))
-    p = program(plain, sharding.make_mesh(e.mesh))
-    return cost.operations(p.train.trace(p.state_shapes, p.batch_shapes)).total
-
-
 @functools.cache
 def matmul_peak(dtype: str) -> float:
     """TFLOP/s of the fastest square matmul on the first device, at the precision that networks run at."""
@@ -168,7 +156,7 @@ def prepare(name: str, e: Experiment) -> tuple[dict[str, Any], Callable[[], Any]
         "config": name, "dtype": _dtype(e), "batch": e.batch, "remat": getattr(e.task, "remat", None), "devices": mesh.size,
         "lower_s": lower_s, "compile_s": compile_s,
         "temporary_bytes": memory and memory.temp_size_in_bytes, "argument_bytes": memory and memory.argument_size_in_bytes,
-        "gflop": step_flops(e) / 1e9,
+        "gflop": p.model_operations() / 1e9,
     }, step  # fmt: skip
 
 
