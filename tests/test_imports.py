@@ -71,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.distributed": {"niso.cluster", "niso.errors", "niso.peers"},
     "niso.main": {"niso.config", "niso.distributed", "niso.dry_run", "niso.train", "niso.errors"},
     "configs": {"niso.config", "niso.errors"},
-    "launch": {"niso.errors"},  # programs of their own: niso.main is started, not imported
+    "launch": {"niso.errors", "niso.folders"},  # programs of their own: niso.main is started, not imported
     # What a record is, and the things that it is made with.
     "data_prep": {"niso.data.records", "niso.data.transforms", "niso.errors", "niso.folders", "niso.geometry.camera"},
     # Makes the very images that the task makes on the device, so by the same function.

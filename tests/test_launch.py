@@ -13,7 +13,7 @@ import pytest
 
 from niso.train import PREEMPTED
 from tests import runs
-from tests.launching import LAUNCH, executable, shell, until
+from tests.launching import LAUNCH, ROOT, executable, shell, until
 
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 
@@ -38,12 +38,14 @@ CODES = (
 )
 
 
-def restart(tmp_path: pathlib.Path, codes: list[str], *arguments: str, **environment: str) -> tuple[runs.Ended, int]:
+def restart(
+    tmp_path: pathlib.Path, codes: list[str], *arguments: str, cwd: pathlib.Path = ROOT, **environment: str
+) -> tuple[runs.Ended, int]:
     """Each code may be followed by a folder that the program makes before it ends."""
     program = tmp_path / "program"
     (tmp_path / "program.codes").write_text("\n".join(codes) + "\n")
     program.write_text(CODES)
-    ended = runs.end(shell("launch/restart.sh", "bash", str(program), *arguments, **environment))
+    ended = runs.end(shell(str(LAUNCH / "restart.sh"), "bash", str(program), *arguments, cwd=cwd, **environment))
     return ended, len((tmp_path / "program.starts").read_text().splitlines())
 
 
@@ -73,6 +75,13 @@ def test_restart_counts_anew_after_a_checkpoint(form: str, tmp_path) -> None:
     given = form.format(tmp_path / "run").split()
     ended, starts = restart(tmp_path, [*codes, "0"], *given, RETRIES="1")
     # Retries after 5 and after 10 each are the first; then step 10 is no news, whether half or whole.
+    assert (ended.code, starts) == (1, 3)
+
+
+def test_restart_sees_checkpoints_of_a_run_that_is_not_named(tmp_path) -> None:
+    """It is below runs/, and the newest of its checkpoints was made when the last was."""
+    paths = [tmp_path / "runs/pose_encode-quick/checkpoints" / name for name in ("5", "10", "10")]
+    ended, starts = restart(tmp_path, [*(f"1 {path}" for path in paths), "0"], RETRIES="1", cwd=tmp_path)
     assert (ended.code, starts) == (1, 3)
 
 
@@ -227,7 +236,7 @@ def test_slurm_job(tmp_path) -> None:
     ("command", "parts"),
     [
         (["create"], ["queued-resources create pod --node-id=pod --zone=z --accelerator-type=v5litepod-16", "--spot"]),
-        (["install"], ["tpu-vm scp", "niso.tar.gz pod: --zone=z --worker=all", "python3.11 -m venv", "niso[tpu]"]),
+        (["install"], ["tpu-vm scp", "niso.tar.gz pod: --zone=z --worker=all", "python3.11 -m venv", "niso[tpu,gcs]"]),
         (["mount", "gs://bucket"], ["--worker=all", "gcsfuse --implicit-dirs bucket /mnt/niso"]),
         (["mount", "10.0.0.2:/share"], ["--worker=all", "mount -t nfs 10.0.0.2:/share /mnt/niso"]),
         (["logs"], ["--worker=0", "tail -n 100 -f niso/run.log"]),

@@ -84,7 +84,7 @@ def test_kubernetes_prepares_what_one_run_would(tmp_path) -> None:
     for job, count in zip(jobs, (jobs[0]["completions"], 1), strict=True):
         actions = {rule["action"]: rule for rule in job["podFailurePolicy"]["rules"]}
         assert actions["FailJob"]["onExitCodes"] == {"containerName": "niso", "operator": "In", "values": [2]}
-        assert actions["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget"}]
+        assert actions["Ignore"]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
         pod = job["template"]["spec"]
         (container,) = pod["containers"]
         assert pod["restartPolicy"] == "Never" and container["image"] == "IMAGE" and container["name"] == "niso"
