@@ -22,7 +22,7 @@ from niso.data import datasets, records, synthetic
 from niso.data.addresses import HeldOutAddresses, ListedAddresses, train_addresses
 from niso.data.batches import Batch, Batches, FetchRows, Items, Rows
 from niso.data.reading import FATAL, SKIP
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 Opened = TypeVar("Opened")
 # Memory that killed workers leave behind is cleared away by Python's tracker, which would warn of it below the line that matters.
@@ -103,8 +103,13 @@ def check_records(root: pathlib.Path, name: str, row: datasets.Dataset, size: in
     `key` is the one of config.data that names the folder.
     """
     make = f"{row.command} {root}" + ("" if row.size else f" --size {size}")
-    if not (root / "manifest.json").is_file():
-        if (root / "parts" / "tasks.json").is_file():  # of data_prep/tasks.py
+    try:
+        missing, shared = folders.kind(root / "manifest.json") != "file", root / "parts" / "tasks.json"  # of data_prep/tasks.py
+        begun = missing and folders.kind(shared) == "file"
+    except folders.failures() as error:
+        raise LostError(f"cannot read the records in {root}: {folders.reason(error)}; run the same command again") from error
+    if missing:
+        if begun:
             raise UserError(
                 f"the records in {root} are not merged yet: run the command of their tasks with --merge in place of --task"
             )
