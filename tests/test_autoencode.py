@@ -175,6 +175,24 @@ def test_float32_where_it_matters_whatever_the_networks_compute_in() -> None:
     assert b == pytest.approx(a, rel=0.03) and b != a
 
 
+def test_what_bfloat16_networks_do_to_the_maps_and_to_every_loss() -> None:
+    """Trained weights in both: 2^-8 is one rounding. What is compared with images moves by less than one; the equivariance loss
+    is a difference of latents that are some hundred times as large, so it moves by tens; maps by as much as latents do through
+    the layers, and they stay orthogonal."""
+    p, rounded = tiny.program(), tiny.program(task__dtype="bfloat16")
+    state, batch = p.init({}), tiny.place(p, tiny.batch())
+    for _ in range(60):
+        state, _ = p.train(state, batch)
+    plain, found = (metrics.values(one.evaluate(state, batch, 0)) for one in (p, rounded))
+    roundings = {"loss": 1, "reconstruction": 1, "multiplicity": 0, "equivariance": 30}
+    for name, count in roundings.items():
+        assert found[name] == pytest.approx(plain[name], rel=count * 2**-8 + 1e-6), name
+    assert found["reconstruction"] != plain["reconstruction"]
+    maps, tau = (jax.device_get(one.inspect(state, tiny.batch()))["tau_BxKxK"].astype(np.float64) for one in (p, rounded))
+    assert np.abs(tau.swapaxes(1, 2) @ tau - np.eye(tau.shape[1])).max() <= 5e-6
+    assert 1e-4 < np.linalg.norm(tau - maps, axis=(1, 2)).max() / tau.shape[1] ** 0.5 <= 16 * 2**-8
+
+
 @pytest.mark.slow
 def test_remat_changes_memory_not_numbers() -> None:
     batch = tiny.batch()
