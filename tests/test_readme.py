@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from tests import runs
+from tests import bucket, runs
 
 REPOSITORY = Path(__file__).parents[1]
 # Enough of a run to see that a command works: the twin's tiny records, two steps.
@@ -27,14 +27,17 @@ DIGITS = (
     "--config.data.twin=tiny --config.data.records= --config.data.test_examples=4 --config.data.test_copies=1 --config.batch=2 "
     "--config.task.widths=(4,8) --config.task.rank=8 --config.task.latent_channels=8 --config.steps=2 --config.optimizer.warmup=1"
 )
+CO3D = {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"}
 # A fragment of each line -> what is appended to it here, or the reason why it is not run.
 RUN = {
+    "--out gs://BUCKET": {"BUCKET": bucket.NAME, **CO3D},
+    "--workdir=gs://BUCKET": {"BUCKET": bucket.NAME},
     "data_prep.synthetic_co3d": {"--size small": "--size tiny"},
     "data_prep.images": {"IMAGES": "twin", "--workers 8": "--workers 1 --test_fraction 0.3"},
     "hmnist_encode.py:small": {"seeds=3": "seeds=1"},  # tests/test_replicas.py has several
     "hmnist_pred.py:small": {"seeds=3": "seeds=1"},
     "niso.report": {},
-    "data_prep.co3d": {"CO3D_ROOT": "twin", "--workers 8": "--workers 1 --top_quantile 0 --test_fraction 0.34 --size 16"},
+    "data_prep.co3d": CO3D,
     "--print": {},
     "--coordinator": {"--config.batch=2048": "", "--processes=4": "--processes=1"},
     "--config=configs/pose_encode.py ": {},
@@ -44,10 +47,13 @@ RUN = {
     "niso.predict": {"FRAMES": "$(ls -d twin/*/*/images | head -1)"},
 }
 NOT_RUN = {
+    "--out gs://BUCKET": {"BUCKET": bucket.NAME, **CO3D},
+    "--workdir=gs://BUCKET": {"BUCKET": bucket.NAME},
     "data_prep.mnist": "needs MNIST's files, whose checksums it verifies; tests/test_mnist_prep.py runs it where they are at hand",
     "tensorboard --logdir runs": "a server; the next test reads the run with TensorBoard's own reader",
     'pip install -q -e ".[samples]"': "the tests' own environment has it; tests/test_images_prep.py goes without",
     'pip install -e ".[cuda]"': "downloads gigabytes for a GPU",
+    'pip install -e ".[gcs]"': "the tests' own environment has it; tests/test_folders.py goes without",
     "-m pytest": "this is it; .ci/run runs the line as it stands",
     "_laplacian.py": "minutes; tests/test_config.py makes two steps of its quick variant",
     "hmnist_encode.py:quick": "minutes; tests/test_config.py makes two steps of it",
@@ -148,7 +154,7 @@ def test_tensorboard_reads_the_run(folder: Path) -> None:
 
 @pytest.mark.timeout(400)
 @pytest.mark.parametrize("digits", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["video", "digits"])
-def test_the_other_commands(folder: Path, digits: bool) -> None:
+def test_the_other_commands(folder: Path, digits: bool, bucket_url: str) -> None:
     """In the README's order, but data first, and first of all the twin: it stands for CO3Dv2 and for a folder of images here."""
     known = sorted(lines(), key=lambda line: ("synthetic_co3d" not in line, "data_prep" not in line))
     for original in known:
@@ -161,7 +167,7 @@ def test_the_other_commands(folder: Path, digits: bool) -> None:
             line = line.replace(old, new)
         if "niso.main" in line or "local.sh" in line:
             overrides = DIGITS if "hmnist" in line else SMALL
-            line += "".join(f" '{word}'" for word in overrides.split())
+            line += "".join(f" '{word}'" for word in overrides.split() if not ("gs://" in line and "data.records" in word))
             if "--workdir" not in line and not re.search(r":small |hmnist", original + " "):  # runs that others follow on
                 line += f" --workdir=runs/line-{known.index(original)}"
         done = shell(line, folder)
