@@ -25,26 +25,28 @@ class Operations:
     full: float
 
 
-def operations(traced: jax.stages.Traced) -> Operations:
-    """The operations of a program as it was traced, 2 for a multiplication and an addition.
+def operations(traced: jax.stages.Traced, platform: str = "") -> Operations:
+    """The operations of a program as it was traced, 2 for a multiplication and an addition, on devices of a platform ("cpu",
+    "gpu", "tpu"), where it is another program on others.
 
     Not from the compiler's own analysis, which counts a loop's body once, and on GPUs leaves out what cuBLAS and cuDNN do (jax
     issues 16008, 22249). Loops count as often as they run (those without a known length once), a choice by its dearest branch,
     what is rematerialised twice. LAPACK's work and all that is done element by element is left out.
     """
-    counted = _count(traced.jaxpr.jaxpr)
+    counted = _count(traced.jaxpr.jaxpr, platform)
     return Operations(counted["default"] + counted["full"], counted["full"])
 
 
-def _count(jaxpr: Any) -> Counter[str]:
+def _count(jaxpr: Any, platform: str) -> Counter[str]:
     counted: Counter[str] = Counter()
     for equation in jaxpr.eqns:
         if equation.primitive.name in ("dot_general", "conv_general_dilated"):
             counted[_precision(equation)] += _products(equation)
             continue
-        inner = [_count(body) for body in _bodies(equation)]
+        inner = [_count(body, platform) for body in _bodies(equation)]
         if equation.primitive.name == "cond":
-            inner = [max(inner, key=lambda branch: branch.total())]
+            meant = [names is None or platform in names for names in equation.params.get("branches_platforms") or ()]
+            inner = [inner[meant.index(True)] if platform and any(meant) else max(inner, key=lambda branch: branch.total())]
         times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
         if equation.primitive.name == "shard_map":  # its body is what one device does
             times = equation.params["mesh"].size

@@ -56,7 +56,7 @@ def run(experiment: Experiment, topology: str | None) -> int:
         print("no collectives: nothing crosses devices")
     if chip and topology:
         dtype, examples = getattr(program.task, "dtype", "float32"), experiment.batch * experiment.seeds
-        full = cost.operations(traced).full / mesh.size
+        full = cost.operations(traced, "tpu").full / mesh.size
         work = scaling.Work.of(cost.analysed(compiled), full, crossing)
         share = f"{100 * scaling.EFFICIENCY:.0f} % of the peak"
         print(f"\nmodel of weak scaling (niso/scaling.py): {share}, nothing overlaps, the same work for every chip")
@@ -132,7 +132,7 @@ def _print_cost(
     parts = {"arguments": memory.arguments, "results": memory.results, "temporaries": memory.temporaries, "peak": memory.peak}
     of = f" of {readable(chip.memory)} ({100 * memory.peak / chip.memory:.0f} %)" if chip else ""
     print("memory of each device: " + ", ".join(f"{name} {readable(size)}" for name, size in parts.items()) + of)
-    counted, (flops, moved) = cost.operations(traced), cost.analysed(compiled)
+    counted, (flops, moved) = cost.operations(traced, mesh.devices.flat[0].platform), cost.analysed(compiled)
     each, full = counted.total / examples / 1e9, 100 * counted.full / max(counted.total, 1)
     print(
         f"products and convolutions of a step: {counted.total / 1e9:,.1f} GFLOP, {each:,.2f} per example, "

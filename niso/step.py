@@ -129,7 +129,8 @@ class Program:
             e = dataclasses.replace(e, task=plain, optimizer=dataclasses.replace(e.optimizer, accumulate=1))
             shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in self.example_shapes.items()}
             return Program(e, self.mesh, shapes).model_operations()
-        return cost.operations(traced or self.train.trace(self.state_shapes, self.batch_shapes)).total
+        traced = traced or self.train.trace(self.state_shapes, self.batch_shapes)
+        return cost.operations(traced, self.mesh.devices.flat[0].platform).total
 
     # Below, everything is of one replica: `seed` is a number, or a replica's key where several are mapped over.
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -82,6 +83,13 @@ def refusal(capsys: pytest.CaptureFixture[str], main: Callable[[list[str]], int]
     capsys.readouterr()
     assert main(list(arguments)) == code
     said = capsys.readouterr()
-    (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ shards, ", line)]
+    (line,) = [line for line in said.err.splitlines() if not re.match(r"\d+/\d+ (shards|sequences), ", line)]
     assert said.out == ""
     return line
+
+
+def obey(module: Any, line: str, *more: str, task: int | None = None) -> None:
+    """Runs the command in a message, with these flags, too; where it is for several tasks, as one of them."""
+    (command,) = re.findall(r"(?:`|done: )(python -m data_prep\.\w+ [^`\n]*)", line)
+    words = shlex.split(command.replace("--task I/", f"--task {task}/"))
+    assert words[:3] == ["python", "-m", module.__name__] and module.main([*words[3:], *more]) == 0

@@ -62,6 +62,14 @@ def test_operations(function: Callable, arguments: tuple, expected: int) -> None
     assert cost.operations(jax.jit(function).trace(*arguments)) == cost.Operations(expected, 0)
 
 
+@pytest.mark.parametrize("platform,expected", [("cpu", 0), ("tpu", PRODUCT), ("gpu", PRODUCT), ("", PRODUCT)])
+def test_operations_are_those_of_the_platform(platform: str, expected: int) -> None:
+    def elsewhere(a: jax.Array, b: jax.Array) -> jax.Array:
+        return lax.platform_dependent(a, b, cpu=lambda a, b: jnp.zeros((3, 7)), default=jnp.matmul)
+
+    assert cost.operations(jax.jit(elsewhere).trace(A, B), platform).total == expected
+
+
 def test_operations_in_full_float32_are_known_and_those_of_every_device_count() -> None:
     full = jax.jit(partial(jnp.matmul, precision="highest")).trace(A, B)
     assert cost.operations(full) == cost.Operations(PRODUCT, PRODUCT)

@@ -17,7 +17,7 @@ GIVEN = ["images", "--root", "two words", "--out", "records"]
 ARRAY = {"SLURM_ARRAY_JOB_ID": "70", "SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "8"}
 
 
-def submit(tmp_path: pathlib.Path, program: str, *more: str, cwd: pathlib.Path = LAUNCH.parent, **environment: str):
+def submit(tmp_path: pathlib.Path, program: str, *more: str, cwd: pathlib.Path = LAUNCH.parent, given=GIVEN, **environment: str):
     """The job, with stand-ins for python and Slurm's programs, which note in tmp_path how they were called."""
     (tmp_path / "bin").mkdir()
     executable(
@@ -26,7 +26,7 @@ def submit(tmp_path: pathlib.Path, program: str, *more: str, cwd: pathlib.Path =
     executable(tmp_path / "bin/scontrol", f'#!/bin/sh\necho "$@" >> {tmp_path}/scontrol\n')
     path = f"{tmp_path}/bin:{os.environ['PATH']}"
     slurm = {"PATH": path, "ENVIRONMENT": str(tmp_path), "SLURM_JOB_ID": "77", "SLURM_CPUS_PER_TASK": "8"}
-    return shell("bash", str(LAUNCH / "prepare.sbatch"), *GIVEN, *more, cwd=cwd, **slurm | environment)
+    return shell("bash", str(LAUNCH / "prepare.sbatch"), *given, *more, cwd=cwd, **slurm | environment)
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,13 @@ def test_a_slurm_job_is_a_task_or_the_merge(tmp_path, environment, more, task) -
     ended = runs.end(submit(tmp_path, "exit 5", *more, **environment))
     assert (ended.code, ended.err) == (5, "") and not (tmp_path / "scontrol").exists()
     expected = ["-m", "data_prep.images", "--workers", "8", *GIVEN[1:], *task]
+    assert (tmp_path / "python").read_text().rstrip("|\n").split("|") == expected
+
+
+def test_one_process_of_many_threads_is_not_told_how_many(tmp_path) -> None:
+    given = ["homnist", "--mnist", "records/mnist", "--out", "records/homnist"]
+    assert runs.end(submit(tmp_path, "exit 0", given=given, **ARRAY)).code == 0
+    expected = ["-m", "data_prep.homnist", *given[1:], "--task", "3/8"]
     assert (tmp_path / "python").read_text().rstrip("|\n").split("|") == expected
 
 

@@ -14,7 +14,7 @@ import pytest
 from data_prep import co3d, image_shard, images, parts, tasks
 from niso.data import datasets, records, stream
 from niso.errors import UserError
-from tests import co3d_tree
+from tests import co3d_tree, prep_runs
 from tests.prep_runs import by_two_tasks, check_a_killed_run, contents, noisy_pictures, refusal
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -60,9 +60,7 @@ def refused(capsys, tree, out, *more: str) -> str:
 
 def obey(line: str, task: int | None = None) -> None:
     """Runs the command in a message; where it is for several tasks, as one of them."""
-    (command,) = re.findall(r"`(python -m data_prep\.\w+ .*?)`", line)
-    words = shlex.split(command.replace("--task I/", f"--task {task}/"))
-    assert words[:3] == ["python", "-m", "data_prep.images"] and images.main([*words[3:], "--workers", "1"]) == 0
+    prep_runs.obey(images, line, "--workers", "1", task=task)
 
 
 # ---- the same bytes --------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
   python -m tests.benchmarks.solve --sizes 32,64,128,256 --batches 8,64 --json solve.json
 
-A ratio is the baseline's time over the method's: above 1 is faster. `best` is of the fastest of all rounds, not the median: on a CPU
+A ratio is the baseline's time over the method's: above 1 is faster. `best` is that of the fastest rounds, not of medians: on a CPU
 jaxlib runs a batch on one core or on several, changing from call to call, which moves medians by a factor of two. `baseline` is
 U Vᵀ of jax's batched SVD with the derivative that jax has for it; `svd_batched` the same SVD with niso's derivative: on several CPU
 devices niso's own goes matrix by matrix. Last come the eigenfunctions, one tall matrix: niso's mass-orthonormalisation against
