@@ -9,7 +9,7 @@ in memory once while this runs; its homographies (hom_matrices) are not read.
 function of (digit, copy, seed).  A digit is in memory at a time.
 
 Both store pixels as whole grey levels, rounded.  The unit of work is a shard, as in data_prep.images: a run that was killed
-continues with the shards that are not finished.
+continues with the shards that are not finished.  Many machines share the work with --task I/N, and --merge (data_prep/tasks.py).
 """
 
 import argparse
@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
-from data_prep import homnist_mat, record_folder
+from data_prep import homnist_mat, record_folder, tasks
 from niso import folders
 from niso.data import records
 from niso.errors import UserError
@@ -124,9 +124,11 @@ def prepare(
     copies: int | None = None,
     seed: int | None = None,
     shards: int | None = None,
+    task: str | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> records.Manifest:
-    """Makes what is missing of the records of a homNIST test set; returns their manifest.
+) -> records.Manifest | None:
+    """Makes what is missing of the records of a homNIST test set; returns their manifest (None from a task).
 
     Args:
         out: the folder of records; made if it does not exist.
@@ -135,11 +137,14 @@ def prepare(
         copies: of each of these, 32 by default.
         seed: of their homographies, task.test_seed of a run; 0 by default.
         shards: files, at most one per image (or per digit of mnist); by default one per 10,000 images.
+        task: "I/N": make one N-th of the shards, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the shards of all tasks, and make the records of them: what one run would have left behind.
         progress: print progress (stderr) and the summary (stdout).
 
     Raises:
         UserError: see the message.
     """
+    share = tasks.parse(task, merge)
     if (mat is None) == (mnist is None):
         which = "neither is set" if mat is None else "both are set"
         raise UserError(f"{which}: set --mat, to the published file, or --mnist, to records of MNIST to make a set from")
@@ -165,6 +170,7 @@ def prepare(
         units="images",
         changed=f"{source} has other images than then",
         empty="no image in split {split}",
+        flags={"mnist" if mat is None else "mat": source, "size": None},  # there is no --size
     )
 
     def jobs(pending: record_folder.Plan[int]) -> Iterator[Job]:
@@ -172,7 +178,7 @@ def prepare(
             yield Job(str(out), file, images.take(numbers))
 
     # In this process: the images of the file are in memory here, and jax warps with threads of its own.
-    return target.make(build, jobs, _summarise, 1, progress)
+    return tasks.make(target, share, build, jobs, _summarise, 1, progress)
 
 
 def build(job: Job) -> record_folder.Part:
@@ -204,6 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--copies", type=int, help=f"homographies of each digit of --mnist ({COPIES})")
     parser.add_argument("--seed", type=int, help=f"of them, task.test_seed of a run ({SEED})")
     parser.add_argument("--shards", type=int, help="files (one per 10,000 images)")
+    tasks.add_flags(parser)
     return record_folder.command_line(prepare, parser, argv)
 
 

@@ -3,7 +3,8 @@
 Reads the four files of the MNIST database of handwritten digits, packed with gzip or not, and stores their digits as they
 are, 28 x 28 and one channel, each with its label and in the files' order.  Fashion-MNIST, KMNIST and others come in files
 of the same names: what is not MNIST is told by its checksum, and refused.  The unit of work is a shard, as in
-data_prep.images: a run that was killed continues with the shards that are not finished.
+data_prep.images: a run that was killed continues with the shards that are not finished.  Many machines share the work with
+--task I/N, and --merge (data_prep/tasks.py).
 """
 
 import argparse
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from data_prep import idx, record_folder
+from data_prep import idx, record_folder, tasks
 from niso import folders
 from niso.data import records
 from niso.errors import UserError
@@ -61,9 +62,11 @@ def prepare(
     verify: bool = True,
     workers: int = 1,
     shards: int | None = None,
+    task: str | None = None,
+    merge: bool = False,
     progress: bool = True,
-) -> records.Manifest:
-    """Makes what is missing of the records of MNIST; returns their manifest.
+) -> records.Manifest | None:
+    """Makes what is missing of the records of MNIST; returns their manifest (None from a task).
 
     Args:
         root: the folder of the four files.
@@ -72,11 +75,14 @@ def prepare(
         verify: refuse files whose content is not MNIST's; False is for others of its layout, such as the built-in twin.
         workers: processes; one, which means this one, takes seconds.
         shards: files per split, at most one per digit; by default one per 10,000.
+        task: "I/N": make one N-th of the shards, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the shards of all tasks, and make the records of them: what one run would have left behind.
         progress: print progress (stderr) and the summary (stdout).
 
     Raises:
         UserError: see the message.
     """
+    share = tasks.parse(task, merge)
     record_folder.check(size, workers, shards, ("size", size, size == SIZE, f"{SIZE}, the digits' own"))
     root, out = folders.named(root, "--root"), folders.named(out, "--out")
     splits, source = read(root, verify)
@@ -91,6 +97,7 @@ def prepare(
         units="images",
         changed=f"{root} has other digits than then",
         empty="no digit in split {split}",
+        flags={"root": root, "size": None},  # there is no --size
     )
 
     def jobs(pending: record_folder.Plan[int]) -> Iterator[Job]:
@@ -99,7 +106,7 @@ def prepare(
             chosen = slice(numbers[0], numbers[-1] + 1)
             yield Job(str(out), file, image_NxHxW[chosen], label_N[chosen])
 
-    return target.make(build, jobs, _summarise, workers, progress)
+    return tasks.make(target, share, build, jobs, _summarise, workers, progress)
 
 
 def read(root: pathlib.Path, verify: bool = True) -> tuple[dict[str, tuple[np.ndarray, np.ndarray]], str]:
@@ -165,6 +172,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", required=True, help="folder for the records")
     parser.add_argument("--workers", type=int, default=1, help="processes (1)")
     parser.add_argument("--shards", type=int, help="files per split (one per 10,000 digits)")
+    tasks.add_flags(parser)
     return record_folder.command_line(prepare, parser, argv)
 
 

@@ -1,4 +1,4 @@
-"""Finished shards and their notes, `parts/<shard>.json`.
+"""Finished shards and their notes, `parts/<shard>.json`; a shard of a twin is the folder of a sequence (data_prep/twin_folder.py).
 
 A note is written after its shard has the final name, so a shard of the size that its note says is complete, whatever was
 killed when, and on whichever machine.
@@ -54,8 +54,9 @@ def make(build: Callable[[J], Part], out: pathlib.Path, settings: str, job: J) -
     return part
 
 
-def find(out: pathlib.Path, file: str, settings: str) -> tuple[Part | None, str]:
-    """The part if that shard is there, under these settings and of its size; else None, and what is wrong with the shard."""
+def find(out: pathlib.Path, file: str, settings: str, size: Callable[[pathlib.Path], int]) -> tuple[Part | None, str]:
+    """The part if that shard is there, under these settings and of its size (`size` says which, such as folders.size); else
+    None, and what is wrong with the shard."""
     note, shard = _note(out, file), out / file
     if not note.exists() or not shard.exists():
         return None, MISSING
@@ -72,18 +73,24 @@ def find(out: pathlib.Path, file: str, settings: str) -> tuple[Part | None, str]
         raise UserError(f"{note} is malformed ({error!r}): delete it and run again") from error
     if value.get("settings", settings) != settings:  # notes of earlier versions have none
         return None, "was made with other options"
-    size = folders.size(shard)
-    if size != part.shard.bytes:
-        return None, f"has {size} bytes, it was made with {part.shard.bytes}"
+    found = size(shard)
+    if found != part.shard.bytes:
+        return None, f"has {found} bytes, it was made with {part.shard.bytes}"
     return part, ""
 
 
-def verify(out: pathlib.Path, settings: str, file: str) -> tuple[Part | None, str]:
-    """As `find`, but reads the whole shard for its checksum, and counts its records.
+def verify(
+    out: pathlib.Path,
+    settings: str,
+    file: str,
+    size: Callable[[pathlib.Path], int],
+    describe: Callable[[pathlib.Path, int], records.Shard],
+) -> tuple[Part | None, str]:
+    """As `find`, but reads the whole shard for its checksum (`describe`, such as records.describe_shard), and counts its records.
 
     A note that is proven wrong is deleted, so that the next run that is to make the shard does make it.
     """
-    part, wrong = find(out, file, settings)
+    part, wrong = find(out, file, settings, size)
     if part is None:
         return None, wrong
     counted = sum(sequence.length for sequence in part.sequences)
@@ -91,7 +98,7 @@ def verify(out: pathlib.Path, settings: str, file: str) -> tuple[Part | None, st
         wrong = f"has a note on {part.shard.records} records of {part.shard.file}, with sequences of {counted}"
     else:
         try:
-            found = records.describe_shard(out / file, counted)
+            found = describe(out / file, counted)
         except folders.failures() as error:  # the disk's fault, not the note's
             return None, f"cannot be read ({folders.reason(error)})"
         if found != part.shard:

@@ -43,7 +43,7 @@ def run(function: Callable[[J], R], jobs: Iterable[J], workers: int) -> Iterator
         except concurrent.futures.process.BrokenProcessPool as error:
             raise UserError(
                 "a worker process was killed (out of memory?): run the same command again, with fewer --workers; "
-                "finished shards are kept"
+                "what is finished is kept"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -69,8 +69,8 @@ def _follow_parent() -> None:
 class Progress:
     """One updating line on a terminal, a line every half a minute elsewhere: shards, frames or images per second, time left."""
 
-    def __init__(self, total: int, units: str = "frames", stream: TextIO | None = None):
-        self._total, self._units = total, units
+    def __init__(self, total: int, units: str = "frames", pieces: str = "shards", stream: TextIO | None = None):
+        self._total, self._units, self._pieces = total, units, pieces
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
         self._start = self._last = time.monotonic()
@@ -89,6 +89,6 @@ class Progress:
         clock = f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d}"
         rate = self._records / elapsed
         speed = f"{rate:.0f}" if rate >= 10 else f"{rate:.2g}"
-        line = f"{self._done}/{self._total} shards, {speed} {self._units}/s, {clock} left"
+        line = f"{self._done}/{self._total} {self._pieces}, {speed} {self._units}/s, {clock} left"
         end = "" if self._tty and self._done < self._total else "\n"
         print(f"\r{line:<60}" if self._tty else line, end=end, file=self._stream, flush=True)

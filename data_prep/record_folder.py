@@ -50,6 +50,7 @@ class Folder(Generic[W]):
         left_out: What was dropped before any shard, per reason.
         flags: Those of the command line that are not among the options, or are told in other words there.
         facts: What the manifest is to say of all records, which lie there with their indices; the manifest is given without it.
+        pieces: What a shard is called, "sequences" where it is a folder (data_prep/twin_folder.py).
     """
 
     out: pathlib.Path
@@ -62,6 +63,7 @@ class Folder(Generic[W]):
     left_out: dict[str, int] = dataclasses.field(default_factory=dict)
     flags: dict[str, Any] = dataclasses.field(default_factory=dict)
     facts: Callable[[records.Manifest], dict[str, Any]] | None = None
+    pieces: str = "shards"
 
     def make(
         self,
@@ -70,7 +72,7 @@ class Folder(Generic[W]):
         summarise: Callable[[Kept], None],
         workers: int,
         progress: bool,
-    ) -> records.Manifest:
+    ) -> records.Manifest | None:
         """Makes what is missing, and returns the manifest.
 
         Args:
@@ -89,7 +91,10 @@ class Folder(Generic[W]):
             return records.Manifest.read(self.out)
         self.make_shards(pending, build, jobs, workers, progress)
         self.look()
-        return self.finish({file: part for file in self.files if (part := self._find(file))}, summarise if progress else None)
+        made = {file: part for file in self.files if (part := self.find(file)[0])}
+        if len(made) < len(self.files):
+            raise UserError(f"{self.out}: {self.pieces} vanished while they were made: run the same command again")
+        return self.finish(made, summarise if progress else None)
 
     def look(self) -> None:
         """Where the folder is in a bucket: sees it as it is now, whoever has written there."""
@@ -104,7 +109,7 @@ class Folder(Generic[W]):
         """Those of the shards that are to be made."""
         self.look()
         items = {file: items for of_split in self.plan.values() for file, items in of_split.items()}
-        return {file: items[file] for file in files if self._find(file) is None}
+        return {file: items[file] for file in files if self.find(file)[0] is None}
 
     def is_finished(self, progress: bool) -> bool:
         """Whether a run has come to its end here; says so."""
@@ -125,7 +130,7 @@ class Folder(Generic[W]):
         progress: bool,
     ) -> None:
         """Makes these shards and their notes; the arguments are those of `make`."""
-        bar = pool.Progress(len(pending), self.units)
+        bar = pool.Progress(len(pending), self.units, self.pieces)
         for part in pool.run(functools.partial(shard_parts.make, build, self.out, self.settings), jobs(pending), workers):
             if progress:
                 bar.add(part.shard.records)
@@ -137,11 +142,7 @@ class Folder(Generic[W]):
             if (self.out / "manifest.json").exists():
                 raise UserError(f"{self.out} holds records that were not made by this program: choose another --out")
             if not folders.remote(self.out):  # there every name may have slashes
-                try:
-                    self._begun.parent.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    reason = f"{error.strerror}; choose another --out"
-                    raise UserError(f"cannot make the folder {self._begun.parent}: {reason}") from error
+                make_folder(self._begun.parent)
             records.write_json(self._begun, self.options)
         self.is_begun()  # another task may have begun it in the same moment
 
@@ -170,18 +171,21 @@ class Folder(Generic[W]):
         """Changes with the options, and with what is read."""
         return hashlib.sha256(json.dumps([self.dataset, self.options], sort_keys=True).encode()).hexdigest()[:16]
 
-    def _find(self, file: str) -> Part | None:
-        return shard_parts.find(self.out, file, self.settings)[0]
+    def find(self, file: str) -> tuple[Part | None, str]:
+        """What is there of a shard, see parts.find."""
+        return shard_parts.find(self.out, file, self.settings, folders.size)
 
-    def finish(self, made: Mapping[str, Part], summarise: Callable[[Kept], None] | None) -> records.Manifest:
+    def verify(self, file: str) -> tuple[Part | None, str]:
+        """The same of a shard that is read as a whole, see parts.verify."""
+        return shard_parts.verify(self.out, self.settings, file, folders.size, records.describe_shard)
+
+    def finish(self, made: Mapping[str, Part], summarise: Callable[[Kept], None] | None) -> records.Manifest | None:
         """Writes the report, the indices and, last of all, the manifest; removes what killed runs left half-written."""
         left_out, splits, kept = collections.Counter(self.left_out), {}, {}
         named: list[str] = []
         reports: list[dict[str, Any]] = []
         for split, files in self.plan.items():
-            parts = [made[file] for file in files if file in made]
-            if len(parts) < len(files):
-                raise UserError(f"{self.out}: shards vanished while they were made: run the same command again")
+            parts = [made[file] for file in files]
             splits[split] = tuple(part.shard for part in parts)
             kept[split] = [sequence for part in parts for sequence in part.sequences]
             for part in parts:
@@ -211,6 +215,14 @@ class Folder(Generic[W]):
         manifest.write(self.out)
         shard_parts.shared(self.out).unlink(missing_ok=True)
         return manifest
+
+
+def make_folder(path: pathlib.Path) -> None:
+    """Makes a folder of this machine, and those above it; UserError where that cannot be."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make the folder {path}: {error.strerror}; choose another --out") from error
 
 
 def blame_the_disk(path: pathlib.Path, error: Exception) -> None:
@@ -261,6 +273,6 @@ def command_line(prepare: Callable[..., Any], parser: argparse.ArgumentParser, a
         print(f"cannot use {' or '.join(urls)}: {folders.reason(error)}; run again when it can be used", file=sys.stderr)
         return LostError.code
     except KeyboardInterrupt:
-        print("interrupted: run the same command again, finished shards are kept", file=sys.stderr)
+        print("interrupted: run the same command again, what is finished is kept", file=sys.stderr)
         return 130
     return 0

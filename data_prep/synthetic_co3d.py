@@ -5,7 +5,8 @@
 The twin has the real data's awkward cases on purpose (data_prep/twin.py): arbitrary world frames, portrait pictures,
 three ways to write intrinsics, missing frames, null viewpoints, file names that do not follow the frame number, and
 poses that are noisy where the quality score is low. A killed run continues where it was: every file appears under its
-name complete or not at all, and a category's annotations come after its images.
+name complete or not at all, and a category's annotations come after its images. Many machines share the work with
+--task I/N, and --merge, which writes the annotations (data_prep/tasks.py).
 """
 
 from __future__ import annotations
@@ -16,19 +17,18 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from functools import partial
 from io import BytesIO
-from multiprocessing import get_context, parent_process
 from pathlib import Path
-from threading import Thread
 from time import monotonic
 
 from PIL import Image
 
-from data_prep import turntable
+from data_prep import pool, record_folder, tasks, turntable, twin_folder
 from data_prep.raycast import render
 from data_prep.twin import SIZES, Sequence, annotated_cameras, cameras, plan, scene
+from data_prep.twin_folder import Twin, write
 from niso import folders
 from niso.errors import UserError
 
@@ -92,27 +92,31 @@ def set_lists(sequences: list[Sequence]) -> dict[str, list[list[object]]]:
     }
 
 
-def write_images(out: Path, sequence: Sequence) -> int:
-    """Renders the frames that are not there yet; how many those were."""
-    todo = [t for t in range(sequence.frames) if t not in sequence.no_image]
-    todo = [t for t in todo if not (out / sequence.image_path(t)).exists()]
+def write_images(out: Path, sequence: Sequence, again: bool = False) -> Sequence:
+    """Renders the frames that are not there yet, or all of them again; returns the sequence."""
+    todo = [t for t in sequence.image_numbers if again or not (out / sequence.image_path(t)).exists()]
     if todo:
         film, still_life = cameras(sequence), scene(sequence)
         for t in todo:
             picture = Image.fromarray(render(still_life, film[t], sequence.antialias))
             buffer = BytesIO()
             picture.save(buffer, "JPEG", quality=92)
-            _write(out / sequence.image_path(t), buffer.getvalue())
-    return len(todo)
+            write(out / sequence.image_path(t), buffer.getvalue())
+    return sequence
+
+
+def build(out: Path, sequence: Sequence) -> record_folder.Part:
+    """Makes a sequence of a task's, whatever a run that was killed or a damage has left of it."""
+    return twin_folder.note(out, write_images(out, sequence, again=True))
 
 
 def write_annotations(out: Path, sequences: list[Sequence]) -> None:
     """The annotation files of one category; frame_annotations.jgz, which readers look for, last."""
     folder = out / sequences[0].category
     frames = [annotation for sequence in sequences for annotation in frame_annotations(sequence)]
-    _write(folder / "set_lists" / f"set_lists_{SUBSET}.json", _json(set_lists(sequences)))
-    _write(folder / "sequence_annotations.jgz", _jgz([sequence_annotation(sequence) for sequence in sequences]))
-    _write(folder / "frame_annotations.jgz", _jgz(frames))
+    write(folder / "set_lists" / f"set_lists_{SUBSET}.json", _json(set_lists(sequences)))
+    write(folder / "sequence_annotations.jgz", _jgz([sequence_annotation(sequence) for sequence in sequences]))
+    write(folder / "frame_annotations.jgz", _jgz(frames))
 
 
 def _json(value: object) -> bytes:
@@ -123,91 +127,97 @@ def _jgz(value: object) -> bytes:
     return gzip.compress(_json(value), mtime=0)  # without the time of day: same seed, same bytes
 
 
-def _write(path: Path, content: bytes) -> None:
-    """All of the file under its name or none of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    part.write_bytes(content)
-    part.replace(path)
-
-
-def generate(out: Path, size: str, seed: int = 0, workers: int = 1, progress: bool = True) -> None:
+def generate(
+    out: str | os.PathLike[str],
+    size: str,
+    seed: int = 0,
+    workers: int = 1,
+    task: str | None = None,
+    merge: bool = False,
+    progress: bool = True,
+) -> None:
     """Writes the twin of that size ("tiny", "small", "full") under out, or completes one begun with the same options.
 
-    Raises UserError for an unknown size and for a folder that holds other data.
+    Args:
+        out: root folder of the twin; made if it does not exist.
+        size: of the twin.
+        seed: of all that is random in it.
+        workers: processes that render; one means this one.
+        task: "I/N": make one N-th of the sequences, I from 0 to N - 1, in a folder that N tasks share, at once or not.
+        merge: verify the sequences of all tasks, and write what concerns all: what one run would have left behind.
+        progress: print progress (stderr), and what a task and a merge have done (stdout).
+
+    Raises:
+        UserError: an unknown size, a folder that holds other data, or, of a task and a merge, see tasks.make.
     """
+    share = tasks.parse(task, merge)
+    if folders.remote(out):
+        raise UserError(f"--out {out} is in a bucket: make the twin in a folder of this machine, and copy that")
+    out = folders.named(out, "--out")
     if size not in SIZES:
         raise UserError(f"no size {size!r}; choose one of {', '.join(SIZES)}")
     if seed < 0 or workers < 1:
         raise UserError(f"seed must be 0 or more and workers 1 or more, not {seed} and {workers}")
-    sequences = plan(SIZES[size], seed)
     categories: dict[str, list[Sequence]] = {}
-    for sequence in sequences:
+    for sequence in plan(SIZES[size], seed):
         categories.setdefault(sequence.category, []).append(sequence)
-    _claim(out, {"size": size, "seed": seed, "version": VERSION})
+    twin = Twin(
+        out,
+        "synthetic_co3d",
+        {"size": size, "seed": seed, "version": VERSION},
+        {category: {sequence.folder: (sequence,) for sequence in members} for category, members in categories.items()},
+        units="frames",
+        changed="",  # this and the next are of what is read, which is nothing
+        empty="",
+        flags={"version": None},  # there is no --version
+        pieces="sequences",
+        annotate=partial(write_annotations, out),
+        subsets=_json({category: [SUBSET] for category in categories}),
+    )
+    with _single_threaded_children():
+        if share == tasks.Share() and not twin.is_shared():
+            _make(twin, categories, workers, progress)
+        elif not (twin.is_begun() and twin.is_finished(progress)):
+            tasks.make(twin, share, partial(build, out), _jobs, _summarise, workers, progress)
+
+
+def _make(twin: Twin, categories: dict[str, list[Sequence]], workers: int, progress: bool) -> None:
+    """One run: makes the frames that are missing, and what concerns a category when it has them all."""
+    twin.begin()
+    sequences = [sequence for members in categories.values() for sequence in members]
     report = _progress(sum(sequence.frames for sequence in sequences)) if progress else lambda frames: None
     missing = {category: len(members) for category, members in categories.items()}
-    for sequence in _write_all(out, sequences, workers):
+    for sequence in pool.run(partial(write_images, twin.out), sequences, workers):
         report(sequence.frames)
         missing[sequence.category] -= 1
         if not missing[sequence.category]:
-            write_annotations(out, categories[sequence.category])
-    _write(out / "category_to_subset_name_list.json", _json({category: [SUBSET] for category in categories}))
+            write_annotations(twin.out, categories[sequence.category])
+    twin.end()
 
 
-def _claim(out: Path, options: dict[str, object]) -> None:
-    """Marks the folder as this twin's, or refuses it."""
-    marker = out / "twin.json"
-    if marker.exists():
-        found = json.loads(marker.read_text())
-        if found != options:
-            raise UserError(f"{out} holds a twin with {found}, not {options}: choose another folder or remove it")
-    elif (out / "category_to_subset_name_list.json").exists():
-        raise UserError(f"{out} holds a CO3D data set that is no twin: choose another folder")
-    else:
-        _write(marker, _json(options))
+def _jobs(pending: record_folder.Plan[Sequence]) -> Iterator[Sequence]:
+    return (sequence for (sequence,) in pending.values())
 
 
-def _write_all(out: Path, sequences: list[Sequence], workers: int) -> Iterator[Sequence]:
-    """Renders all sequences, in this process or in `workers` others; yields each one when its images are complete."""
-    if workers == 1:
-        for sequence in sequences:
-            write_images(out, sequence)
-            yield sequence
-        return
-    executor = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_leave_with_parent)
-    with executor as pool, _single_threaded_children():
-        futures = {pool.submit(write_images, out, sequence): sequence for sequence in sequences}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _leave_with_parent() -> None:
-    """Ends this worker when the run is killed: an orphan would write the same files as the run that continues."""
-
-    def watch() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    Thread(target=watch, daemon=True).start()
+def _summarise(kept: record_folder.Kept) -> None:
+    for category, sequences in kept.items():
+        print(f"{category}: {len(sequences)} sequences, {sum(sequence.length for sequence in sequences)} images")
 
 
 @contextmanager
 def _single_threaded_children() -> Iterator[None]:
     """Processes started inside use one thread each, or the BLAS pools of all workers would fight over the cores."""
-    before = dict(os.environ)
-    os.environ.update(dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"))
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "1"))
     try:
         yield
     finally:
-        os.environ.clear()
-        os.environ.update(before)
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _progress(total: int) -> Callable[[int], None]:
@@ -230,21 +240,14 @@ def _progress(total: int) -> Callable[[int], None]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command line; 0, or 2 after one line on stderr that says what to change."""
+    """The command line; returns the exit code: 0, 2 after a message to the user, 130 after Ctrl-C."""
     parser = argparse.ArgumentParser("python -m data_prep.synthetic_co3d", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--out", required=True, help="root folder of the twin; made if missing")
     parser.add_argument("--size", choices=SIZES, required=True)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, help="processes that render")
-    options = parser.parse_args(argv)
-    try:
-        if folders.remote(options.out):
-            raise UserError(f"--out {options.out} is in a bucket: make the twin in a folder of this machine, and copy that")
-        generate(folders.named(options.out, "--out"), options.size, options.seed, options.workers)
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    tasks.add_flags(parser, "sequences", "the twin")
+    return record_folder.command_line(generate, parser, argv)
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
 folder, which all of them see: they may run at once, one after the other, and again.  What concerns all records, such as splits
 and the numbers of classes, each decides by itself, from names and lists that all of them read.
 
-The bytes are those of one run; of data_prep.shapes on machines of one kind, the rounding of whose arithmetic is in its records.
+The bytes are those of one run; of data_prep.shapes, data_prep.homnist --mnist and data_prep.synthetic_co3d on machines of one
+kind, the rounding of whose arithmetic is in what they make.
 
-Not for data_prep.mnist, which takes seconds, data_prep.homnist, which takes a minute or two, and data_prep.synthetic_co3d, whose
-videos are made up for tests.
+data_prep.synthetic_co3d makes no records: its shards are folders of pictures, a sequence each, and its merge writes the annotations
+and removes `parts` (data_prep/twin_folder.py).
 """
 
 import argparse
 import concurrent.futures
 import dataclasses
-import functools
 import itertools
 import pathlib
 import re
@@ -71,15 +71,15 @@ def parse(task: str | None, merge: bool) -> Share:
     return Share(number, count)
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Adds --task and --merge."""
+def add_flags(parser: argparse.ArgumentParser, pieces: str = "shards", whole: str = "the records") -> None:
+    """Adds --task and --merge, of a preparation whose `pieces` are put together to the `whole`."""
     parser.add_argument(
         "--task",
         metavar="I/N",
-        help="make one N-th of the shards, I from 0 to N - 1, in a folder that all tasks share: "
+        help=f"make one N-th of the {pieces}, I from 0 to N - 1, in a folder that all tasks share: "
         "$SLURM_ARRAY_TASK_ID/100 in a job array --array=0-99, $(JOB_COMPLETION_INDEX)/100 in a Kubernetes job",
     )
-    parser.add_argument("--merge", action="store_true", help="after all tasks: verify their shards, and make the records of them")
+    parser.add_argument("--merge", action="store_true", help=f"after all tasks: verify their {pieces}, and make {whole} of them")
 
 
 def claim(out: pathlib.Path, count: int) -> None:
@@ -90,7 +90,7 @@ def claim(out: pathlib.Path, count: int) -> None:
     if before not in (None, count):
         raise UserError(
             f"{out} is being made by {before} tasks, not {count}: use --task I/{before}; "
-            f"or, when none of them runs any more, delete {parts.shared(out)}, finished shards are kept"
+            f"or, when none of them runs any more, delete {parts.shared(out)}, what is finished is kept"
         )
 
 
@@ -131,8 +131,8 @@ def make(
     claim(folder.out, share.count)
     folder.make_shards(pending, build, jobs, workers, progress)
     if progress:
-        have = f"{len(mine)} of the {len(folder.files)} shards, complete" if mine else f"no shard, there are {len(folder.files)}"
-        print(f"task {share}: {have}; when all {share.count} tasks are done: {_command(folder, '--merge')}")
+        have = f"{len(mine) or 'none'} of the {len(folder.files)} {folder.pieces}{', complete' if mine else ''}"
+        print(f"task {share}: {have}; when all {share.count} tasks are done: {command(folder, '--merge')}")
     return None
 
 
@@ -144,7 +144,7 @@ def _verified(folder: Folder[W], workers: int, progress: bool) -> dict[str, Part
     """
     out, files = folder.out, folder.files
     if not folder.is_begun():
-        first = _command(folder, "--task", "I/N")
+        first = command(folder, "--task", "I/N")
         raise UserError(f"nothing to merge in {out}: run every task first, `{first}` with I from 0 to N - 1")
     there = {name for name, _ in folders.entries(out) if name.endswith(".array_record")}
     if others := sorted(there - set(files)):
@@ -152,9 +152,9 @@ def _verified(folder: Folder[W], workers: int, progress: bool) -> dict[str, Part
     folder.look()
     verified: dict[str, Part] = {}
     wrong: dict[str, str] = {}
-    bar = pool.Progress(len(files), folder.units)
+    bar = pool.Progress(len(files), folder.units, folder.pieces)
     with concurrent.futures.ThreadPoolExecutor(workers) as threads:  # reading and hashing release the interpreter's lock
-        found = threads.map(functools.partial(parts.verify, out, folder.settings), files)
+        found = threads.map(folder.verify, files)
         for file, (part, what) in zip(files, found, strict=True):
             if part is None:
                 wrong[file] = what
@@ -173,17 +173,18 @@ def _refusal(folder: Folder[W], wrong: dict[str, str]) -> str:
     shown = [f"{file} {wrong[file]}" for file in worst[:_SHOWN]]
     if more := len(wrong) - len(shown):
         shown.append(f"{more} more")
-    count, command = among(folder.out), _command(folder)
-    what = f"{folder.out} cannot be merged, {len(wrong)} of {len(folder.files)} shards are missing or damaged ({', '.join(shown)})"
+    count, line = among(folder.out), command(folder)
+    bad = f"{len(wrong)} of {len(folder.files)} {folder.pieces} are missing or damaged ({', '.join(shown)})"
+    what = f"{folder.out} cannot be merged, {bad}"
     if count is None:
-        return f"{what}: make them with `{command}`"
+        return f"{what}: make them with `{line}`"
     tasks = [number for number in range(count) if not wrong.keys().isdisjoint(Share(number, count).of(folder.files))]
     if len(tasks) == 1:
-        return f"{what}: make them with `{command} --task {tasks[0]}/{count}`, then merge again"
-    return f"{what}: make them with `{command} --task I/{count}` for I = {ranges(tasks)}, then merge again"
+        return f"{what}: make them with `{line} --task {tasks[0]}/{count}`, then merge again"
+    return f"{what}: make them with `{line} --task I/{count}` for I = {ranges(tasks)}, then merge again"
 
 
-def _command(folder: Folder[W], *more: str) -> str:
+def command(folder: Folder[W], *more: str) -> str:
     """The command line of a folder, and more words of it."""
     given = folder.flags | {"out": folder.out}
     given |= {name: value for name, value in folder.options.items() if name not in given and name != "source"}

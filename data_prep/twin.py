@@ -72,13 +72,23 @@ class Sequence:
     def frames(self) -> int:
         return len(self.suffix_T)
 
+    @property
+    def folder(self) -> str:
+        """Its folder relative to the twin's root."""
+        return f"{self.category}/{self.name}"
+
+    @property
+    def image_numbers(self) -> list[int]:
+        """The frames that have a file."""
+        return [t for t in range(self.frames) if t not in self.no_image]
+
     def rng(self, purpose: str) -> np.random.Generator:
         """The random stream of one purpose: a function of (seed, category, index, purpose) alone."""
         return _stream(self.seed, self.category, self.index, purpose)
 
     def image_path(self, frame: int) -> str:
         """The frame's file relative to the twin's root."""
-        return f"{self.category}/{self.name}/images/frame{self.suffix_T[frame]:06d}.jpg"
+        return f"{self.folder}/images/frame{self.suffix_T[frame]:06d}.jpg"
 
 
 def _stream(seed: int, category: str, index: int, purpose: str) -> np.random.Generator:

@@ -91,6 +91,19 @@ def test_tasks_of_processes_at_once_and_the_merge_that_they_print(unbroken, tmp_
     assert contents(out) == unbroken
 
 
+def test_two_that_write_the_same_picture_do_not_meet(tmp_path, monkeypatch):
+    replace = pathlib.Path.replace
+
+    def late(scratch: pathlib.Path, target: pathlib.Path) -> pathlib.Path:
+        monkeypatch.undo()
+        twin_folder.write(target, b"whole")
+        return replace(scratch, target)
+
+    monkeypatch.setattr(pathlib.Path, "replace", late)
+    twin_folder.write(tmp_path / "1.jpg", b"whole")
+    assert contents(tmp_path) == {"1.jpg": b"whole"}
+
+
 def test_a_killed_task_keeps_what_is_finished_and_makes_the_rest_again(unbroken, out, built, monkeypatch):
     shutil.rmtree(out / "parts" / "crate")
     shutil.rmtree(out / "crate")
@@ -198,6 +211,17 @@ def test_what_is_wrong_is_named_with_the_command_that_mends_it(unbroken, out, ca
     assert built == [VICTIM]
     generate(out, merge=True)
     assert contents(out) == unbroken
+
+
+def test_a_disk_that_fails_is_no_damage(out, capsys, monkeypatch):
+    before = contents(out)
+
+    def fail(out: pathlib.Path, sequence: twin.Sequence) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(twin_folder, "describe", fail)
+    assert f"{SEQUENCES[0]} cannot be read (Input/output error)" in refused(capsys, out, "--merge")
+    assert contents(out) == before
 
 
 @pytest.mark.parametrize("given_up", [False, True])
