@@ -16,8 +16,8 @@ SCALARS = 200
 
 
 def compile_for_pod(what: str, data: int, space: int) -> dict:
-    """Of the `step` of pose_encode (two residual levels, rank 16) on v5e:4x4, of the `solve`, of `few solves` or of the `basis`:
-    its exchanges, those of its calls that are LAPACK's, and the bytes of its parameters."""
+    """Of the `step` of pose_encode (two residual levels, rank 16) on v5e:4x4, of the `solve`, of `few solves`, of a `special solve`
+    or of the `basis`: its exchanges, those of its calls that are LAPACK's, and the bytes of its parameters."""
     from niso import cost, dry_run, sharding, tree
     from niso.sharding import MeshShape
     from niso.step import Program
@@ -25,8 +25,9 @@ def compile_for_pod(what: str, data: int, space: int) -> dict:
 
     mesh = sharding.make_mesh(MeshShape(data, space, False), dry_run.pod("v5e:4x4"))
     parameters = basis = 0
-    if what in ("solve", "few solves"):
-        lowered = test_sharding.solve_for(mesh, "auto", count=data if what == "few solves" else None)
+    if what in ("solve", "few solves", "special solve"):
+        count = data if what == "few solves" else None
+        lowered = test_sharding.solve_for(mesh, "auto", count, special=what == "special solve")
     elif what == "basis":
         lowered = test_sharding.basis_for(mesh)
     else:
@@ -48,6 +49,7 @@ def compile_for_pod(what: str, data: int, space: int) -> dict:
     [
         ("step", 16, 1, {("all-reduce", "data")}),  # nothing is gathered around encodings, projections and solves
         ("solve", 16, 1, set()),
+        ("special solve", 16, 1, set()),  # onto SO(k): with Cholesky factors, and the signs of LU's
         ("solve", 4, 4, {("all-gather", "space")}),  # its own matrices, put together again
         ("few solves", 4, 4, {("all-gather", "space")}),  # one to each part of data, though there are four devices in it
         ("basis", 1, 16, {("all-reduce", "space")}),  # K x K Gram matrices
@@ -61,7 +63,7 @@ def test_what_crosses_chips(what: str, data: int, space: int, crossing: set[tupl
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
     assert {(kind, axes) for kind, axes, _ in found["collectives"]} == crossing
-    assert not found["calls"]
+    assert not found["calls"] or what == "special solve"
     if what == "step":
         total = sum(size for _, _, size in found["collectives"])
         assert found["parameters"] <= total < found["parameters"] + found["basis"] + SCALARS

@@ -116,9 +116,9 @@ def test_the_basis_is_orthonormalised_on_sharded_rows() -> None:
     assert set(found) == {"all-reduce"}
 
 
-def solve_for(mesh: Mesh, method: str, count: int | None = None) -> jax.stages.Lowered:
+def solve_for(mesh: Mesh, method: str, count: int | None = None, special: bool = False) -> jax.stages.Lowered:
     """The solve of 16 x 16 matrices with its gradient, lowered for a mesh: two to a device, or `count` where examples lie."""
-    split = partial(sharding.sharded(polar_factor, mesh), method=method)
+    split = partial(sharding.sharded(polar_factor, mesh), method=method, special=special)
     place = NamedSharding(mesh, PartitionSpec(sharding.AXES if count is None else "data"))
     solve = jax.jit(jax.grad(lambda x: jnp.sum(split(x) ** 3)), in_shardings=place, out_shardings=place)
     return solve.lower(jax.ShapeDtypeStruct((count or 2 * mesh.size, 16, 16), jnp.float32))
