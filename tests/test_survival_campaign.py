@@ -8,6 +8,15 @@ from tests.campaign import Campaign
 from tests.detours import DETOURS
 
 
+def test_a_few_kills_at_random(tmp_path) -> None:
+    """Of a run of one process and of one of two, and an order to leave; the other accidents have tests of their own."""
+    campaign = Campaign(tmp_path, kills=2, terms=1, seconds=240, seed=1, jobs=2)
+    campaign.others = {1: [], 2: []}
+    campaign.detours.clear()
+    campaign.run()
+    assert campaign.result() == 0, campaign.table()
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(3000)
 def test_a_short_campaign(tmp_path) -> None:
