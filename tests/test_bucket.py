@@ -111,9 +111,11 @@ def test_a_run_starts_from_one_there(finished: str, records_url: str, bucket_url
 def test_two_processes(records_url: str, bucket_url: str, tmp_path: pathlib.Path) -> None:
     """Both write their parts of the checkpoints, the first alone the rest; where one is killed both go on from there."""
     url = f"{bucket_url}/pair"
-    for hooks, codes in ((((), ["kill=9"]), {-9, 1}), (((), ()), {0})):
-        ended = [runs.end(process) for process in runs.start_pair(url, hooks, data__records=records_url)]
-        assert {one.code for one in ended} == codes, ended
+    first, killed = (runs.end(process) for process in runs.start_pair(url, ((), ["kill=9"]), data__records=records_url))
+    # −6: gloo, which CPUs alone use between processes, may end the survivor before niso's watch does. Launchers start both again.
+    assert killed.code == -9 and first.code in (1, -6), first
+    ended = [runs.end(process) for process in runs.start_pair(url, data__records=records_url)]
+    assert {one.code for one in ended} == {0}, ended
     assert len(bucket().glob(f"{url}/events.out.tfevents.*")) == 2
     alone = tmp_path / "alone"
     assert {one.code for one in runs.run_pair(alone)} == {0}

@@ -5,6 +5,7 @@ import random
 import shutil
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -218,6 +219,7 @@ class _Silent:
         self.flush = lambda: spy.said.append("flush")
         self.waiting = contextlib.nullcontext
         self.compile = lambda program: program.train
+        self.workdir = self.folder = Path("run")
 
     def __getattr__(self, name: str) -> Any:
         return lambda *args, **options: None
