@@ -174,7 +174,7 @@ def _check_topology(vertices: int, face_Fx3: np.ndarray) -> None:
     row_M, column_M = np.concatenate([one_E, follows_N[one_E]]), np.concatenate([follows_N[other_E], other_E])
     fans, fan_N = _components(row_M, column_M, face_Fx3.size)
     if fans != vertices:
-        first = np.bincount(np.unique(np.stack([tail_N, fan_N], axis=1), axis=0)[:, 0]).argmax()
+        first = np.argmax(np.bincount(np.unique(np.stack([tail_N, fan_N], axis=1), axis=0)[:, 0]))
         raise UserError(f"vertex {first} joins pieces that touch in it alone: the mesh is no surface; split such vertices")
     pieces, _ = _components(tail_N, head_N, vertices)
     if pieces != 1:

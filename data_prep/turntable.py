@@ -104,7 +104,7 @@ def viewpoint(camera: Camera, similarity: Similarity, intrinsics_format: str | N
     rotation_3x3 = camera.rotation_3x3 @ similarity.rotation_3x3.T
     centre_3 = similarity.scale * similarity.rotation_3x3 @ camera.centre_3 + similarity.shift_3
     half_2 = np.array([camera.width, camera.height]) / 2
-    scale_2 = np.full(2, half_2.min()) if intrinsics_format == "ndc_isotropic" else half_2
+    scale_2 = np.full(2, np.min(half_2)) if intrinsics_format == "ndc_isotropic" else half_2
     annotation: dict[str, object] = {
         "R": (FLIP_3x3 @ rotation_3x3).T.tolist(),
         "T": (-FLIP_3x3 @ rotation_3x3 @ centre_3).tolist(),

@@ -49,7 +49,7 @@ class Soundness:
         if broken:
             culprit = self._first_broken()
         elif state is not None and not (finite_R := _finite(state, self._program.replicas.count)).all():
-            broken, culprit = ["parameters or optimiser state"], (step, int(finite_R.argmin()))
+            broken, culprit = ["parameters or optimiser state"], (step, int(np.argmin(finite_R)))
         else:
             self._step = step
             while self._windows and self._windows[0][0] <= step:

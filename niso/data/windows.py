@@ -31,7 +31,7 @@ class Windows:
         """The windows of sequences of these lengths; sequences too short for a skip contribute none."""
         length_S, skip_K = np.asarray(lengths, np.int64), np.asarray(skips, np.int64)
         count_S = np.zeros_like(length_S)
-        for skip in skip_K:
+        for skip in skip_K.tolist():
             count_S += _starts(length_S, skip, views)
         return cls(views, length_S, skip_K, np.cumsum(count_S))
 
@@ -69,6 +69,6 @@ def frames_needed(skip: int, views: int) -> int:
     return (views - 1) * (skip + 1) + 1
 
 
-def _starts(length: np.ndarray, skip: np.ndarray, views: int) -> np.ndarray:
+def _starts(length: np.ndarray, skip: np.ndarray | int, views: int) -> np.ndarray:
     """How many start frames leave room for the whole window; length and skip are broadcast."""
     return np.maximum(0, length - (views - 1) * (skip + 1))
