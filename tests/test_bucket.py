@@ -112,7 +112,7 @@ def test_two_processes(records_url: str, bucket_url: str, tmp_path: pathlib.Path
     """Both write their parts of the checkpoints, the first alone the rest; where one is killed both go on from there."""
     url = f"{bucket_url}/pair"
     first, killed = (runs.end(process) for process in runs.start_pair(url, ((), ["kill=9"]), data__records=records_url))
-    # −6: gloo, which CPUs alone use between processes, may end the survivor before niso's watch does. Launchers start both again.
+    # −6: where the cores are busy jax, or gloo, may end the survivor before niso's watch does. Launchers start it again, too.
     assert killed.code == -9 and first.code in (1, -6), first
     ended = [runs.end(process) for process in runs.start_pair(url, data__records=records_url)]
     assert {one.code for one in ended} == {0}, ended
