@@ -24,7 +24,7 @@ from orbax.checkpoint import args as ocp_args
 
 from niso import __version__, checkpoint_files, config, folders
 from niso.checkpoint_files import FOLDER, DamagedError
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 from niso.step import Program, TrainState
 
 UNREADABLE = "unreadable_checkpoints"  # beside the folder of the others
@@ -51,7 +51,8 @@ class Checkpoints:
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         except folders.failures() as error:
             reason = folders.reason(error) if folders.remote(self.folder) else error
-            raise UserError(f"cannot write the run's folder {workdir}: {reason}; choose another with --workdir") from None
+            told = f"cannot write the run's folder {workdir}: {reason}; choose another with --workdir"
+            raise folders.complaint(self.folder, error, told) from None
         checkpoint_files.hush()
         self._terminated = False
         self._previous_handler: Any = None
@@ -199,10 +200,10 @@ class Checkpoints:
 
     def _failed(self, error: Exception) -> UserError:
         reason = str(error).splitlines()[0][:300]
-        return UserError(
-            f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: free disk space and run "
-            "the same command again to go on from there"
-        )
+        remedy = "run" if folders.remote(self.folder) else "free disk space and run"
+        told = f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: {remedy} the same command again"
+        told += " to go on from there"
+        return LostError(told) if folders.remote(self.folder) else UserError(told)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
         self._terminated = True
@@ -219,4 +220,5 @@ def write_config(workdir: str, resolved: dict[str, Any]) -> None:
             temporary.replace(path)
     except folders.failures() as error:
         why = folders.reason(error)
-        raise UserError(f"cannot write {path}: {why}; make room there, then run the same command again") from None
+        told = f"cannot write {path}: {why}; make room there, then run the same command again"
+        raise folders.complaint(path, error, told) from None

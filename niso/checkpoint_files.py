@@ -10,6 +10,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -25,10 +26,15 @@ from jax.sharding import Sharding
 from orbax.checkpoint import args as ocp_args
 
 from niso import checksums, folders
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 
 FOLDER = "checkpoints"
 Shapes = dict[str, tuple[int, ...]]  # by path
+LOST = "lost: "  # what processes tell each other of a bucket that cannot be asked
+UNREACHABLE = re.compile(
+    r"UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CURL error|"
+    r"HTTP response code: (?:401|403|408|429|5\d\d)"
+)
 T = TypeVar("T")
 
 
@@ -51,9 +57,9 @@ def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
     """
     folder = folders.absolute(folders.named(run, "the run")) / FOLDER
     try:
-        steps = sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+        steps = sorted(ocp.utils.checkpoint_steps(folder)) if folders.kind(folder) == "folder" else []
     except folders.failures() as error:
-        raise UserError(f"cannot read {folder}: {folders.reason(error)}") from None
+        raise folders.complaint(folder, error, f"cannot read {folder}: {folders.reason(error)}") from None
     if not steps:
         raise UserError(f"no checkpoint in {folder}; train that run first")
     if step is not None and step not in steps:
@@ -190,7 +196,8 @@ def _together(path: Path, read: Callable[[], T]) -> T:
     Each process reads its own parts of the arrays, and would wait for ever for one that goes on with another checkpoint.
 
     Raises:
-      DamagedError: `read` failed, and not for want of memory.
+      DamagedError: `read` failed, and not for want of memory, nor because the bucket could not be asked.
+      LostError: it could not: that says nothing of the checkpoint.
     """
     found, reason = None, ""
     try:
@@ -200,15 +207,28 @@ def _together(path: Path, read: Callable[[], T]) -> T:
     except Exception as error:  # damaged bytes make orbax, zarr and JSON raise whatever they stumble over
         if "RESOURCE_EXHAUSTED" in str(error):
             raise
-        reason = _reason(error)
+        reason = (LOST if folders.remote(path) and _unreachable(error) else "") + _reason(error)
         hush()
     if jax.process_count() > 1:
         mine = np.frombuffer(reason.encode()[:400].ljust(400), np.uint8)
         said = [bytes(row).decode(errors="replace").strip() for row in multihost_utils.process_allgather(mine)]
-        reason = next(filter(None, said), "")
+        reason = max(said, key=lambda one: (one.startswith(LOST), bool(one)))
+    if reason.startswith(LOST):
+        raise LostError(f"cannot read the checkpoint {path} ({reason.removeprefix(LOST)}); run the same command again")
     if reason:
         raise DamagedError(path, reason)
     return found  # type: ignore[return-value]
+
+
+def _unreachable(error: BaseException | None) -> bool:
+    """Whether a bucket could not be asked, by an error or its causes: fsspec's, or tensorstore's, which are told by their words."""
+    while error is not None:
+        if isinstance(error, folders.failures()) and not isinstance(error, FileNotFoundError | FileExistsError):
+            return True
+        if UNREACHABLE.search(str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _reason(error: BaseException) -> str:

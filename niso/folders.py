@@ -106,6 +106,19 @@ def reason(error: BaseException) -> str:
     return f"no such file or bucket ({words})" if isinstance(error, FileNotFoundError) and error.errno is None else words[:300]
 
 
+def passing(path: str | os.PathLike[str], error: BaseException) -> bool:
+    """Whether one of `failures` at a folder or file is an outage, after which the same may succeed: of a bucket, but where there
+    is no such thing, or no permission."""
+    if not remote(path) or isinstance(error, FileNotFoundError):
+        return False
+    return getattr(error, "code", None) not in (401, 403, "401", "403") and not str(error).startswith("Forbidden")
+
+
+def complaint(path: str | os.PathLike[str], error: BaseException, text: str) -> UserError:
+    """The error to be raised for one of `failures`: after an outage one that has launchers start again."""
+    return LostError(text) if passing(path, error) else UserError(text)
+
+
 def upload(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a file of this machine into a bucket, where it appears whole or not at all. Raises what `failures` lists."""
     _buckets().put_file(os.fspath(source), os.fspath(target))
@@ -134,7 +147,7 @@ def read(path: pathlib.Path) -> bytes:
 
 
 def kind(path: pathlib.Path) -> Literal["folder", "file", ""]:
-    """What there is of that name. Raises what `failures` lists of a bucket that cannot be asked: etils' methods then say no."""
+    """What there is of that name. Raises what `failures` lists of a bucket that cannot be asked: etils' `is_dir` then says no."""
     if not remote(path):
         return "folder" if path.is_dir() else "file" if path.is_file() else ""
     try:

@@ -92,10 +92,11 @@ def flat(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _config(path: Path) -> dict[str, Any]:
-    if not path.is_file():
+    text = _bytes(path)
+    if text is None:
         raise UserError(f"{path.parent} has no {path.name}: it is not the folder of a run")
     try:
-        config = json.loads(_bytes(path))
+        config = json.loads(text)
     except ValueError as error:
         where = f"{path}, line {error.lineno}" if isinstance(error, json.JSONDecodeError) else path
         raise UserError(f"{where}: unreadable JSON; copy the run's folder again") from None
@@ -108,10 +109,8 @@ def _config(path: Path) -> dict[str, Any]:
 
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The lines of a .jsonl file; none if there is no file. A last line without its end is still being written."""
-    if not path.exists():
-        return []
     found = []
-    for number, line in enumerate(_bytes(path).splitlines(keepends=True), 1):
+    for number, line in enumerate((_bytes(path) or b"").splitlines(keepends=True), 1):
         try:
             found.append(_line(line))
         except ValueError:
@@ -129,8 +128,11 @@ def _line(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _bytes(path: Path) -> bytes:
+def _bytes(path: Path) -> bytes | None:
+    """The content of a file; None if there is none."""
     try:
         return path.read_bytes()
+    except FileNotFoundError:
+        return None
     except folders.failures() as error:
-        raise UserError(f"cannot read {path}: {folders.reason(error)}") from None
+        raise folders.complaint(path, error, f"cannot read {path}: {folders.reason(error)}") from None

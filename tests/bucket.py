@@ -15,6 +15,7 @@ import urllib.parse
 from collections.abc import Iterator
 
 NAME = "niso-test"
+FAULT = ".fault"
 
 
 def variables(port: int) -> dict[str, str]:
@@ -74,6 +75,8 @@ def serve() -> None:
             name = urllib.parse.unquote((found and found[2]) or query.get("name", ""))
             if not found or not name:
                 return False
+            if fault := self.fault(name):
+                return self.answer(fault)
             try:
                 there = int(self.storage.get_file_obj(found[1], name)["generation"])
             except NotFound:
@@ -89,8 +92,17 @@ def serve() -> None:
                 code = 304 if self.command == "GET" else 412
             elif "ifGenerationMatch" in query and there != int(query["ifGenerationMatch"]):
                 code = 412
-            if code is None:
-                return False
+            return self.answer(code) if code else False
+
+        def fault(self, name: str) -> int | None:
+            """The code with which a request for an object fails, where the object FAULT says so: "403 PATTERN"."""
+            try:
+                code, _, pattern = self.storage.get_file(NAME, FAULT).decode().partition(" ")
+            except NotFound:
+                return None
+            return int(code) if name != FAULT and re.search(pattern, name) else None
+
+        def answer(self, code: int) -> bool:
             self.rfile.read(int(self.headers.get("Content-Length", 0)))
             self.send_response(code)
             self.send_header("Content-Length", "0")

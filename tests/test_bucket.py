@@ -7,7 +7,7 @@ import os
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import fsspec
 import numpy as np
@@ -22,6 +22,7 @@ from niso.data.schemas import FRAME
 from niso.errors import LostError, RecordError, UserError
 from niso.mirror import Mirror
 from tests import runs
+from tests.bucket import FAULT
 from tests.test_bad_input import one_line
 from tests.test_resume import assert_as_unbroken
 from tests.test_telemetry import read_as_tensorboard, scalars
@@ -136,6 +137,41 @@ def test_a_damaged_checkpoint_is_set_aside(finished: str, records_url: str, buck
     assert f"niso: checkpoint {last} cannot be used (" in ended.err and f"it goes to {url}/{UNREADABLE}" in ended.err
     assert bucket().exists(f"{url}/{UNREADABLE}/{last}/_CHECKPOINT_METADATA")
     assert_as_unbroken(fetch(url, tmp_path / "fetched"), runs.unbroken())
+
+
+@pytest.fixture
+def fault(bucket_url: str) -> Iterator[Callable[[str], None]]:
+    """What makes requests fail, by "CODE PATTERN", until the test ends."""
+    yield lambda what: bucket().pipe_file(f"{bucket_url}/{FAULT}", what.encode())
+    bucket().rm(f"{bucket_url}/{FAULT}")
+
+
+@pytest.mark.parametrize("part", ["meta", "state"])
+def test_an_outage_is_no_damage(part: str, finished: str, records_url: str, bucket_url: str, fault: Callable[[str], None]) -> None:
+    """Nothing is set aside, and launchers start again."""
+    url = f"{bucket_url}/outage-{part}"
+    bucket().cp(finished, url, recursive=True)
+    bucket().rm(f"{url}/checkpoints/16", recursive=True)
+    before = sorted(bucket().find(url))
+    last = whole(url)[-1]
+    fault(f"403 outage-{part}/checkpoints/{last}/{part}/")
+    ended = runs.run(url, data__records=records_url)
+    assert ended.code == 1 and f"niso: cannot read the checkpoint {url}/checkpoints/{last} (" in ended.err, ended
+    assert sorted(bucket().find(url)) == before
+
+
+def test_what_cannot_be_read_is_one_line(finished: str, shard: Shard, fault: Callable[[str], None]) -> None:
+    name, changed = shard
+    root = changed(lambda data: data)
+    reader = records.Reader(root, "train", FRAME)
+    fault(f"403 {name}|killed/metrics|killed/config")
+    with pytest.raises(LostError, match=f"cannot read .*{name}"):
+        reader.read(name, [3])
+    with pytest.raises(UserError, match=r"cannot read .*(config.json|metrics.jsonl): Forbidden"):
+        run_files.read(finished)
+    fault("403 manifest")
+    with pytest.raises(UserError, match=r"cannot read .*manifest.json: Forbidden"):
+        records.Manifest.read(root)
 
 
 def told(*arguments: str) -> str:

@@ -153,7 +153,11 @@ class Manifest:
     def read(cls, root: str | os.PathLike[str]) -> "Manifest":
         """The manifest of a finished folder; UserError when it is missing, malformed or of another format."""
         path = folders.named(root) / "manifest.json"
-        if not path.exists():
+        try:
+            missing = folders.kind(path) != "file"
+        except folders.failures() as error:
+            raise folders.complaint(path, error, f"cannot read {path}: {folders.reason(error)}") from error
+        if missing:
             raise UserError(f"no finished records in {root} (no manifest.json); {_MAKE} {root}")
         value = read_json(path)
         try:
@@ -274,7 +278,11 @@ class Reader:
             file = array_record_module.ArrayRecordReader(str(path), **_READER_OPTIONS)
             records = file.num_records()  # array_record opens some damaged files and finds nothing in them
         except RuntimeError as error:
+            if folders.remote(path) and not _DAMAGED.search(str(error)):
+                raise LostError(f"cannot read {path} ({error}); run the same command again") from error
             raise UserError(f"{path} cannot be opened ({error}); {REPAIR}") from error
+        if not records and folders.remote(path):  # or in a bucket that did not answer
+            raise LostError(f"cannot read {path}: nothing came; run the same command again, or where that stays so: {REPAIR}")
         if records != shard.records:
             raise UserError(f"{path} has {records} records, the manifest says {shard.records}; {REPAIR}")
         return file
