@@ -62,7 +62,8 @@ newest() {
     found=${found/./}
     found=${found:0:16} # microseconds
   elif [[ $workdir == gs://* ]]; then
-    found=$("${PYTHON:-python}" -m launch.newest "$workdir" 2>/dev/null) || true
+    found=$("$interpreter" -m launch.newest "$workdir") ||
+      echo "restart.sh: $interpreter cannot ask $workdir for checkpoints: all retries count (PYTHON says which to take)" >&2
   else
     for path in "$workdir"/checkpoints/*; do
       if [[ ${path##*/} =~ ^[0-9]+$ ]] && ((10#${path##*/} > found)); then
@@ -75,13 +76,20 @@ newest() {
 
 workdir=
 previous=
+interpreter=${PYTHON:-}
 for argument in "$@"; do
+  if [[ -z $interpreter && ${argument##*/} =~ ^python[0-9.]*$ ]]; then
+    interpreter=$argument
+  fi
   case $argument in
     --workdir=* | -workdir=*) workdir=${argument#*=} ;;
     *) if [[ $previous == --workdir ]]; then workdir=$argument; fi ;;
   esac
   previous=$argument
 done
+
+interpreter=${interpreter:-python}
+workdir=${workdir/#"~/"/"$HOME/"} # as niso.main does
 
 failures=0
 pause=$BACKOFF

@@ -19,7 +19,7 @@ import jax
 from niso import cluster
 from niso.cluster import Cluster
 from niso.errors import UserError
-from niso.peers import Peers
+from niso.peers import Peers, delay_aborts
 
 PATIENCE = 60  # seconds until all have come, where someone starts them by hand
 PATIENCE_CLUSTER = 300  # ... where a cluster does, which may have to load an image first
@@ -56,6 +56,7 @@ def join(
     # gloo announces every connection on file descriptor 1: what this program prints goes on to the real one.
     sys.stdout = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    delay_aborts()
     peers = Peers(_name(found.process_id, found.processes), links)
     jax.distributed.initialize(
         found.coordinator, found.processes, found.process_id, found.devices, "deactivate",

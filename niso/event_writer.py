@@ -30,6 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from niso.errors import UserError
+from niso.run_files import COPY, METRICS_FILE
 
 
 def _summary_writer(logdir: str) -> "EventWriter":
@@ -44,7 +45,6 @@ sys.modules.setdefault(_stand_in.__name__, _stand_in)
 # isort: split
 from clu.metric_writers.interface import MetricWriter  # noqa: E402
 
-METRICS_FILE = "metrics.jsonl"
 HISTOGRAM_BUCKETS = 30
 ROLL_BYTES = 8_000_000  # of an event file that is copied whole whenever it has grown
 
@@ -87,7 +87,8 @@ class AppendFile:
         """Raises the first failure, if there was one, as a UserError that names the file."""
         if self.error is not None:
             reason = self.error.strerror or str(self.error)
-            raise UserError(f"cannot write {self.path}: {reason}. Free space or choose another workdir, then resume.")
+            remedy = "set TMPDIR to another folder" if self.path.parent.name.startswith(COPY) else "choose another workdir"
+            raise UserError(f"cannot write {self.path}: {reason}. Free space or {remedy}, then resume.")
 
 
 class EventWriter(MetricWriter):

@@ -28,23 +28,39 @@ def named(path: str | os.PathLike[str], what: str = "the folder") -> pathlib.Pat
     Of a bucket an object of etils, with the methods of pathlib's that niso uses, but for those that this file has instead.
 
     Raises:
-      UserError: it is a URL of another kind, or names no bucket; or what reads buckets is not installed.
+      UserError: it is a URL of another kind, or names no bucket; or what reads buckets is not installed; or ~NAME is no user.
     """
     text = os.fspath(path)
     if "://" not in text:
-        return pathlib.Path(text).expanduser()
+        try:
+            return pathlib.Path(text).expanduser()
+        except RuntimeError:
+            raise UserError(f"{what} {text} is in the home of a user that there is not: write the folder in full") from None
     if not text.startswith(BUCKET):
         raise UserError(f"{what} {text} is a URL of another kind than gs://: mount it, and give the mounted folder")
     if not text.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{what} {text} names no bucket: write gs://BUCKET/FOLDER")
     try:
+        import fsspec.config
         import gcsfs  # noqa: F401 (what fsspec reads buckets with)
         from etils import epath
     except ImportError:
         raise UserError(f"{what} {text} is in a bucket, and the packages for these are not installed: {INSTALL}") from None
     for library in ("gcsfs", "google.auth"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they log, with tracebacks, what they raise
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", 60)  # seconds; else a bucket may stay silent for long
     return cast(pathlib.Path, epath.Path(text.rstrip("/")))
+
+
+def here(path: str | os.PathLike[str], what: str) -> pathlib.Path:
+    """As `named`, of files and folders that must be of this machine.
+
+    Raises:
+      UserError: it is a URL.
+    """
+    if "://" in os.fspath(path):
+        raise UserError(f"{what} {os.fspath(path)} is a URL: give a path of this machine, and copy from or to that")
+    return named(path, what)
 
 
 def remote(path: str | os.PathLike[str]) -> bool:

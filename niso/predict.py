@@ -28,7 +28,7 @@ from typing import NoReturn, TextIO
 
 import numpy as np
 
-from niso import figures, inference, trajectory_figure, trajectory_files
+from niso import figures, folders, inference, trajectory_figure, trajectory_files
 from niso.data.frames import Frame, Frames
 from niso.errors import UserError
 from niso.geometry import trajectory
@@ -205,8 +205,8 @@ def _parse(argv: list[str] | None) -> argparse.Namespace:
     parser = _Parser(prog="python -m niso.predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", required=True, help="folder of a pose_pred run")
     parser.add_argument("--step", type=int, help="which checkpoint of it (the newest)")
-    parser.add_argument("--frames", required=True, type=Path, help="folder of pictures, or a video")
-    parser.add_argument("--out", required=True, type=Path, help="folder for the results")
+    parser.add_argument("--frames", required=True, help="folder of pictures, or a video")
+    parser.add_argument("--out", required=True, help="folder for the results")
     parser.add_argument("--stride", type=int, default=1, help="take every N-th frame (1)")
     parser.add_argument("--intrinsics", metavar="FX,FY,CX,CY", help="centre the square at CX,CY; see above")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are in OUT")
@@ -220,16 +220,17 @@ def main(argv: list[str] | None = None) -> int:
         options = _parse(argv)
         if options.stride < 1:
             raise UserError(f"--stride is {options.stride}, it must be at least 1")
-        frames = Frames(options.frames, options.stride, _principal(options.intrinsics))
+        source, out = folders.here(options.frames, "--frames"), folders.here(options.out, "--out")
+        frames = Frames(source, options.stride, _principal(options.intrinsics))
         model = inference.load(options.run, options.step)
         _check_model(model)
-        _check_out(options.out, options.overwrite)
+        _check_out(out, options.overwrite)
         prediction = predict(model, frames, terminal)
-        write(prediction, options.out, f"Camera path of {options.frames.name}")
+        write(prediction, out, f"Camera path of {source.name}")
     except UserError as error:
         terminal.say(str(error))  # not behind the bar
         return 2
-    print(f"{len(prediction.name_T)} poses in {options.out}: {', '.join(FILES)}")
+    print(f"{len(prediction.name_T)} poses in {out}: {', '.join(FILES)}")
     return 0
 
 

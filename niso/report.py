@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from niso import folders
 from niso.errors import UserError
 from niso.published import PARTS, TABLES, Part
 from niso.rows import NOTHING, Entry, Line, lines, read
@@ -74,11 +75,11 @@ def as_csv(entries: Sequence[Entry], table: int) -> str:
     return text.getvalue()
 
 
-def _write(folder: str, texts: dict[str, str]) -> None:
+def _write(folder: Path, texts: dict[str, str]) -> None:
     try:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         for name, text in texts.items():
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+            (folder / name).write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write in {folder}: {error.strerror}; choose another folder with --out") from None
 
@@ -90,11 +91,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FOLDER", help="write report.md and table_1.csv to table_4.csv there, too")
     options = parser.parse_args(argv)
     try:
+        out = None if options.out is None else folders.here(options.out, "--out")
         entries, notes = read(options.runs)
         text = markdown(entries, notes)
-        if options.out is not None:
+        if out is not None:
             tables = {f"table_{table}.csv": as_csv(entries, table) for table in TABLES}
-            _write(options.out, {"report.md": text} | tables)
+            _write(out, {"report.md": text} | tables)
     except UserError as error:
         print(f"niso.report: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 HOURS_FILE = "hours.jsonl"  # beside metrics.jsonl, which holds what a rerun reproduces
 HOURS = "time/device_hours"
+COPY = "niso-run-"  # begins the names of folders among the temporary files, from which a run's are copied into a bucket
 EVALUATIONS = ("eval", "trajectories")
 
 

@@ -92,14 +92,22 @@ class Telemetry:
         self._mirror = Mirror(self.workdir, (METRICS_FILE, HOURS_FILE) if primary else ())
         self.folder = self._mirror.folder
         window = profile_steps if primary else (0, 0)
-        self._profiler = Profiler(self.folder, window, self.workdir, lambda line: print(line, flush=True))
+        self._profiler = Profiler(self.folder, window, self.workdir, self._profiled)
         if not primary:
             return
+        with contextlib.ExitStack() as stack:
+            stack.callback(self._mirror.close)
+            stack.callback(self._profiler.close)
+            self._open(resume_step)
+            stack.pop_all()
+
+    def _open(self, resume_step: int) -> None:
+        """The files of the first process."""
         # Readers drop what is later than the resumed step; a run from scratch, all of an earlier attempt.
         limit = ROLL_BYTES if folders.remote(self.workdir) else None
         events = EventWriter(self.folder, resume_step + 1 if resume_step > 0 else 0, limit)
         lines = JsonlWriter(self.folder, resume_step)
-        self._hours = DeviceHours(self.folder, resume_step, clock)
+        self._hours = DeviceHours(self.folder, resume_step, self._clock)
         self._writers = (events, lines, self._hours)
         self._events = metric_writers.AsyncWriter(events)
         self._lines = metric_writers.AsyncWriter(lines)
@@ -197,6 +205,11 @@ class Telemetry:
         """Prints one line to the terminal."""
         if self._active:
             print(line, flush=True)
+
+    def _profiled(self, line: str) -> None:
+        """What the profiler says, in whichever process: there may be a new profile."""
+        print(line, flush=True)
+        self._mirror.push_soon()
 
     def flush(self) -> None:
         """Waits until everything reported so far is in the files, and those in the bucket; call it before a checkpoint, whose

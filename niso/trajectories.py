@@ -9,12 +9,13 @@ accuracies over all pairs of frames.  An estimate that rests or is not finite is
 
 import argparse
 import json
-import pathlib
 import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import numpy as np
 
+from niso import folders
 from niso.errors import UserError
 from niso.geometry import trajectory
 from niso.poses import LIMIT, MEAN, Sequence, Stride, finite, frames_of, load
@@ -125,9 +126,9 @@ def table(scores: Mapping[str, float]) -> str:
     return "\n".join([*lines, _LEGEND])
 
 
-def _write(path: str, text: str) -> None:
+def _write(path: Path, text: str) -> None:
     try:
-        pathlib.Path(path).write_text(text, encoding="utf-8")
+        path.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot write {path}: {error.strerror}") from error
 
@@ -142,13 +143,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if options.limit is not None and options.limit < 1:
             raise UserError(f"--limit is {options.limit}, it must be at least 1")
+        out = None if options.json is None else folders.here(options.json, "--json")
         strides, limit = load(options.poses)
         limit = options.limit or limit
         scores = score_all(strides, limit)
         if not any(value for name, value in scores.items() if name.endswith("/sequences_used")):
             raise UserError(f"{options.poses}: no sequence can be scored with --limit {limit}; are the videos shorter?")
-        if options.json:
-            _write(options.json, json.dumps(scores, indent=1) + "\n")
+        if out is not None:
+            _write(out, json.dumps(scores, indent=1) + "\n")
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr)
         return 2

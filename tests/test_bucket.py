@@ -3,10 +3,15 @@
 Against an emulator on this machine; no bucket of the real thing was at hand.
 """
 
+import contextlib
 import os
 import pathlib
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 
 import fsspec
@@ -21,8 +26,10 @@ from niso.data import records
 from niso.data.schemas import FRAME
 from niso.errors import LostError, RecordError, UserError
 from niso.mirror import Mirror
+from niso.telemetry import Telemetry
 from tests import runs
 from tests.bucket import FAULT
+from tests.launching import shell
 from tests.test_bad_input import one_line
 from tests.test_resume import assert_as_unbroken
 from tests.test_telemetry import read_as_tensorboard, scalars
@@ -113,8 +120,7 @@ def test_two_processes(records_url: str, bucket_url: str, tmp_path: pathlib.Path
     """Both write their parts of the checkpoints, the first alone the rest; where one is killed both go on from there."""
     url = f"{bucket_url}/pair"
     first, killed = (runs.end(process) for process in runs.start_pair(url, ((), ["kill=9"]), data__records=records_url))
-    # −6: where the cores are busy jax, or gloo, may end the survivor before niso's watch does. Launchers start it again, too.
-    assert killed.code == -9 and first.code in (1, -6), first
+    assert killed.code == -9 and first.code == 1, first
     ended = [runs.end(process) for process in runs.start_pair(url, data__records=records_url)]
     assert {one.code for one in ended} == {0}, ended
     assert len(bucket().glob(f"{url}/events.out.tfevents.*")) == 2
@@ -266,6 +272,86 @@ def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest
         kept.push()
     kept.close()
     assert not kept.folder.exists()
+
+
+def test_a_bucket_that_says_nothing_ends_the_run(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and without holding the end of the program."""
+    monkeypatch.setattr(mirror, "LONGEST", 0.2)
+    asked: list[str] = []
+    silent = threading.Event()
+    monkeypatch.setattr(folders, "upload", lambda a, _: (asked.append(a.name), silent.wait(20)))
+    kept = Mirror(f"{bucket_url}/silent", ())
+    (kept.folder / "log").write_bytes(b"1")
+    for _ in range(2):
+        with pytest.raises(LostError, match=r"has not answered for 0 s; run the same command again to resume"):
+            kept.push()
+    assert asked == ["log"]
+    kept.close()
+    silent.set()
+
+
+def test_a_profile_of_any_process_reaches_the_bucket(bucket_url: str) -> None:
+    url = f"{bucket_url}/profiled"
+    with Telemetry(url, steps=99, batch=1, primary=False) as run:
+        for step in range(1, 9):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGUSR1)
+            run.tick(step)
+        deadline = time.monotonic() + 30
+        while not bucket().glob(f"{url}/plugins/profile/*/*.xplane.pb"):  # while the run goes on
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+
+
+def test_a_beginning_that_fails_leaves_nothing(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, handler = [], signal.getsignal(signal.SIGUSR1)
+    monkeypatch.setattr(tempfile, "mkdtemp", lambda make=tempfile.mkdtemp, **o: made.append(make(**o)) or made[-1])
+    monkeypatch.setattr(folders, "upload", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+    with pytest.raises(LostError, match="No space left"):
+        Telemetry(f"{bucket_url}/begun", steps=9, batch=1)
+    assert made and not os.path.exists(made[0]) and signal.getsignal(signal.SIGUSR1) is handler
+
+
+def test_folders_that_are_left_go(bucket_url: str, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of processes that were killed; not those of others that run."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first = Mirror(f"{bucket_url}/one", ())
+    program = f"import os; from niso.mirror import Mirror; Mirror('{bucket_url}/two', ()); os._exit(0)"
+    environment = os.environ | {"TMPDIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", program], cwd=runs.REPOSITORY, env=environment, check=True)
+    assert len(list(tmp_path.iterdir())) == 2
+    second = Mirror(f"{bucket_url}/three", ())
+    assert set(tmp_path.iterdir()) == {first.folder, second.folder}
+    for one in (first, second):
+        one.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_space_for_the_copy(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = Telemetry(f"{bucket_url}/full", steps=9, batch=1)
+    run._writers[1].file._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(UserError, match=r"cannot write .*No space left on device. Free space or set TMPDIR to another folder"):
+        run.scalars(1, {"loss": 1.0})
+        run.flush()
+    with contextlib.suppress(UserError):
+        run.close()
+    monkeypatch.setattr(tempfile, "tempdir", "/nosuchfolder")
+    with pytest.raises(UserError, match=r"No such file or directory.: set TMPDIR to a folder with space for the run's logs"):
+        Telemetry(f"{bucket_url}/full", steps=9, batch=1)
+
+
+def test_restart_counts_anew_after_a_checkpoint_there(finished: str, tmp_path: pathlib.Path) -> None:
+    """By the interpreter that the command names; where that cannot ask, this is said."""
+    url, program = f"{finished}-restarted", tmp_path / "program.py"
+    program.write_text(
+        "import sys\nfrom tests.test_bucket import bucket\n"
+        f"bucket().pipe_file('{url}/checkpoints/5/commit_success.txt', b'')\nsys.exit(1)\n"
+    )
+    options = {"RETRIES": "1", "PYTHON": "", "PYTHONPATH": str(runs.REPOSITORY)}
+    ended = runs.end(shell("launch/restart.sh", sys.executable, str(program), f"--workdir={url}", **options))
+    assert ended.code == 1 and ended.err.count("retry 1 of 1") == 1 and "cannot ask" not in ended.err, ended
+    ended = runs.end(shell("launch/restart.sh", "false", f"--workdir={url}", **options | {"PYTHON": "false", "RETRIES": "0"}))
+    assert f"restart.sh: false cannot ask {url} for checkpoints" in ended.err
 
 
 def test_a_folder_is_its_own_mirror(tmp_path: pathlib.Path) -> None:

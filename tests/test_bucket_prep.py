@@ -87,7 +87,7 @@ CASES = {
         Case(mnist, test_mnist_prep.write_files, test_mnist_prep.EVERYTHING),
     )
 }
-MANY = ("co3d", "images", "shapes")  # those that tasks can share
+MANY = ("co3d", "images", "shapes")  # those that are shared here; others can be, too
 
 
 @functools.cache

@@ -9,7 +9,7 @@ import pytest
 
 from configs import hmnist_pred
 from data_prep import co3d, homnist, images, mnist, shapes
-from niso import folders, train
+from niso import folders, predict, report, train, trajectories
 from niso.config import Experiment
 from niso.data.pipeline import open_dataset
 from niso.errors import UserError
@@ -77,6 +77,27 @@ def test_of_preparations_too(
 def test_other_folders_are_taken_as_they_are() -> None:
     assert folders.named("~/runs", "workdir") == pathlib.Path.home() / "runs"
     assert folders.named("a:/b", "workdir") == pathlib.Path("a:/b")
+    told = message(lambda: folders.named("~nosuchuser/runs", "workdir"))
+    assert told == "workdir ~nosuchuser/runs is in the home of a user that there is not: write the folder in full"
+
+
+@pytest.mark.parametrize(
+    "what,main,others",
+    [
+        ("--frames", predict.main, ["--run=run", "--out=out"]),
+        ("--out", predict.main, ["--run=run", "--frames=video.mp4"]),
+        ("--out", report.main, ["run"]),
+        ("--json", trajectories.main, ["poses.npz"]),
+    ],
+)
+def test_what_is_written_here_alone_has_no_url(
+    what: str, main: Callable[[list[str]], int], others: list[str], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert main([*others, f"{what}=gs://bucket/it"]) == 2
+    assert f": {what} gs://bucket/it is a URL: give a path of this machine, and copy" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_all_of_a_run_is_in_one_folder(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,12 +68,11 @@ def test_restart_gives_up_on_crashes_in_a_row(tmp_path) -> None:
     assert ended.err.splitlines()[-1] == "restart.sh: exit code 7; 2 retries in a row brought no new checkpoint: giving up"
 
 
-@pytest.mark.parametrize("form", ["--workdir={}", "--workdir {}"])
+@pytest.mark.parametrize("form", ["--workdir=~/run", "--workdir {}/run"])
 def test_restart_counts_anew_after_a_checkpoint(form: str, tmp_path) -> None:
     steps = [tmp_path / "run/checkpoints" / name for name in ("5", "10", "10.orbax-checkpoint-tmp", "10")]
     codes = [f"1 {path}" for path in steps]
-    given = form.format(tmp_path / "run").split()
-    ended, starts = restart(tmp_path, [*codes, "0"], *given, RETRIES="1")
+    ended, starts = restart(tmp_path, [*codes, "0"], *form.format(tmp_path).split(), RETRIES="1", HOME=str(tmp_path))
     # Retries after 5 and after 10 each are the first; then step 10 is no news, whether half or whole.
     assert (ended.code, starts) == (1, 3)
 

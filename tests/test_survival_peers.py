@@ -92,6 +92,23 @@ def test_a_killed_process_ends_the_others(victim: int) -> None:
         assert ends([one for one in all_three if one is not all_three[victim]]) == [(1, GONE.format(victim, 3, HOST))] * 2
 
 
+ABORT = "import ctypes; from niso.peers import delay_aborts; delay_aborts(); ctypes.CDLL(None).abort()"  # as jax does, or gloo
+
+
+def test_an_abort_waits_for_the_watch() -> None:
+    with members(ABORT, SLEEP) as both:
+        time.sleep(0.5)
+        both[1].kill()
+        assert ends(both[:1]) == [(1, GONE.format(1, 2, HOST))]
+
+
+def test_an_abort_for_another_reason_ends_the_program_later() -> None:
+    with members(ABORT, SLEEP) as both:
+        time.sleep(0.5)
+        assert both[0].poll() is None
+        assert ends(both, WITHIN + signal.SIGABRT) == [(-signal.SIGABRT, ""), (1, GONE.format(0, 2, HOST))]
+
+
 def test_a_mistake_in_one_ends_the_others_as_one() -> None:
     mistake = "time.sleep(0.3); raise UserError('no such file')"
     for victim in (0, 1):
