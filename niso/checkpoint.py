@@ -199,7 +199,7 @@ class Checkpoints:
         self.manager.reload()
 
     def _failed(self, error: Exception) -> UserError:
-        reason = str(error).splitlines()[0][:300]
+        reason = "no answer" if isinstance(error, TimeoutError) else str(error).splitlines()[0][:300]
         remedy = "run" if folders.remote(self.folder) else "free disk space and run"
         told = f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: {remedy} the same command again"
         told += " to go on from there"

@@ -118,6 +118,8 @@ def failures(*more: type[Exception]) -> tuple[type[Exception], ...]:
 
 def reason(error: BaseException) -> str:
     """Why one of `failures` came, in some words."""
+    if isinstance(error, TimeoutError) and error.errno is None:
+        return "no answer"
     words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     return f"no such file or bucket ({words})" if isinstance(error, FileNotFoundError) and error.errno is None else words[:300]
 

@@ -4,7 +4,7 @@ import sys
 
 from absl import app, flags, logging
 
-from niso import config, distributed, dry_run, train
+from niso import config, distributed, dry_run, peers, train
 from niso.errors import UserError
 
 _CONFIG = config.define_flag()
@@ -42,14 +42,20 @@ def main(argv: list[str] | None = None) -> int:
             return dry_run.run(experiment, _TOPOLOGY.value)
         workdir = _WORKDIR.value or f"runs/{experiment.experiment}-{experiment.variant}"
         detect = _DISTRIBUTED.value == "auto"
-        with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect) as peers:
+        with distributed.join(_COORDINATOR.value, _PROCESSES.value, _PROCESS_ID.value, detect) as watch:
             code = train.run(experiment, workdir, accept_changes=_ACCEPT.value, for_good=argv is None)
-            if peers:
-                peers.exit_code = code
+            if watch:
+                watch.exit_code = code
             return code
     except UserError as error:
-        print(f"niso: {error}", file=sys.stderr)
+        print(f"niso: {error}", file=sys.stderr, flush=True)
+        if argv is None:
+            peers.end_late(error.code)
         return error.code
+    except BaseException:
+        if argv is None:
+            peers.end_late(peers.AGAIN)
+        raise
 
 
 if __name__ == "__main__":

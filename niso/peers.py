@@ -60,7 +60,7 @@ class Peers:
             time.sleep(1)
         self._say_end(ORDERLY if kind is None else kind.code if issubclass(kind, UserError) else AGAIN)
         if kind is not None:
-            threading.Thread(target=self._end_late, name="late end", daemon=True).start()
+            end_late(self.code or AGAIN)
 
     def leave(self) -> None:
         """Ends the program: with `exit_code` once all others have come to an orderly end, too, or are gone; after an error at once.
@@ -83,11 +83,6 @@ class Peers:
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()
         _exit(self.exit_code if orderly else self.code or AGAIN)
-
-    def _end_late(self) -> None:
-        """Ends the program where it does not by itself, as threads that wait for other processes would have it."""
-        time.sleep(LATE)
-        _exit(self.code or AGAIN)
 
     def _say_end(self, code: int) -> None:
         with self.lock:
@@ -157,6 +152,17 @@ class Peers:
             if link is not besides:
                 with contextlib.suppress(OSError):
                     link.sendall(f"{line}\n".encode())
+
+
+def end_late(code: int) -> None:
+    """Ends the program in LATE seconds where it does not by itself, as threads that wait for other processes, or for a bucket that
+    says nothing, would have it."""
+
+    def end() -> None:
+        time.sleep(LATE)
+        _exit(code)
+
+    threading.Thread(target=end, name="late end", daemon=True).start()
 
 
 def delay_aborts() -> None:

@@ -69,7 +69,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "niso.cluster": {"niso.errors"},
     "niso.peers": {"niso.errors"},
     "niso.distributed": {"niso.cluster", "niso.errors", "niso.peers"},
-    "niso.main": {"niso.config", "niso.distributed", "niso.dry_run", "niso.train", "niso.errors"},
+    "niso.main": {"niso.config", "niso.distributed", "niso.dry_run", "niso.errors", "niso.peers", "niso.train"},
     "configs": {"niso.config", "niso.errors"},
     "launch": {"niso.errors", "niso.folders"},  # programs of their own: niso.main is started, not imported
     # What a record is, and the things that it is made with.

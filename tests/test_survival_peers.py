@@ -147,6 +147,14 @@ def test_a_mistake_ends_also_what_hangs_in_a_thread() -> None:
         assert ends(both, WITHIN + peers.GRACE) == [(2, FAILED.format(1, 2, HOST)), (2, "no such file\n")]
 
 
+def test_a_mistake_ends_also_a_process_that_is_alone() -> None:
+    """With a thread that waits, as orbax's do for a bucket that says nothing."""
+    program = "import sys, threading, time; from niso import main, peers; peers.LATE = 1; "
+    program += "threading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(main.main())"
+    ended = subprocess.run([sys.executable, "-c", program], cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=50)
+    assert ended.returncode == 2 and ended.stderr.startswith("niso: usage"), ended
+
+
 def test_an_orderly_end_accuses_nobody() -> None:
     with members("time.sleep(1)", "pass", "time.sleep(0.5)") as all_three:
         assert ends(all_three) == [(0, "")] * 3
