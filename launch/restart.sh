@@ -89,7 +89,9 @@ for argument in "$@"; do
 done
 
 interpreter=${interpreter:-python}
-workdir=${workdir/#"~/"/"$HOME/"} # as niso.main does
+if [[ ${workdir:0:2} == \~/ ]]; then # as niso.main does
+  workdir=${HOME:-}/${workdir:2}
+fi
 
 failures=0
 pause=$BACKOFF

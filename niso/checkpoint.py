@@ -50,9 +50,8 @@ class Checkpoints:
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
             self.manager = ocp.CheckpointManager(self.folder, options=options)
         except folders.failures() as error:
-            reason = folders.reason(error) if folders.remote(self.folder) else error
-            told = f"cannot write the run's folder {workdir}: {reason}; choose another with --workdir"
-            raise folders.complaint(self.folder, error, told) from None
+            told = f"cannot write the run's folder {workdir}"
+            raise folders.complaint(self.folder, error, told, "choose another with --workdir") from None
         checkpoint_files.hush()
         self._terminated = False
         self._previous_handler: Any = None
@@ -192,17 +191,16 @@ class Checkpoints:
                     taken = sum(path.name.partition(".")[0] == str(step) for path in there)
                     folders.move(self.folder / str(step), aside / (f"{step}.{taken}" if taken else str(step)))
                 except folders.failures() as error:
-                    why = folders.reason(error)
-                    raise UserError(f"cannot move {self.folder}/{step} to {aside}: {why}; move it by hand") from None
+                    told = f"cannot move {self.folder}/{step} to {aside}"
+                    raise folders.complaint(aside, error, told, "move it by hand") from None
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self.manager.reload()
 
     def _failed(self, error: Exception) -> UserError:
-        reason = "no answer" if isinstance(error, TimeoutError) else str(error).splitlines()[0][:300]
         remedy = "run" if folders.remote(self.folder) else "free disk space and run"
-        told = f"cannot write a checkpoint in {self.folder}: {reason}; {self.newest()}: {remedy} the same command again"
-        told += " to go on from there"
+        told = f"cannot write a checkpoint in {self.folder}: {folders.reason(error)}"
+        told += f"; {self.newest()}: {remedy} the same command again to go on from there"
         return LostError(told) if folders.remote(self.folder) else UserError(told)
 
     def _on_sigterm(self, signum: int, frame: FrameType | None) -> None:
@@ -219,6 +217,5 @@ def write_config(workdir: str, resolved: dict[str, Any]) -> None:
         if temporary != path:
             temporary.replace(path)
     except folders.failures() as error:
-        why = folders.reason(error)
-        told = f"cannot write {path}: {why}; make room there, then run the same command again"
-        raise folders.complaint(path, error, told) from None
+        remedy = "make room there, then run the same command again"
+        raise folders.complaint(path, error, f"cannot write {path}", remedy) from None

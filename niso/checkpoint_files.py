@@ -33,8 +33,9 @@ Shapes = dict[str, tuple[int, ...]]  # by path
 LOST = "lost: "  # what processes tell each other of a bucket that cannot be asked
 UNREACHABLE = re.compile(
     r"UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CURL error|"
-    r"HTTP response code: (?:401|403|408|429|5\d\d)"
+    r"HTTP response code: (?!404|412|416)[45]\d\d"  # those: there is no such object, or not with so many bytes
 )
+NAMES = re.compile(r'"[^"]*"|\w+://\S+')  # in which such words may stand too
 T = TypeVar("T")
 
 
@@ -59,7 +60,7 @@ def find(run: str | os.PathLike[str], step: int | None = None) -> Path:
     try:
         steps = sorted(ocp.utils.checkpoint_steps(folder)) if folders.kind(folder) == "folder" else []
     except folders.failures() as error:
-        raise folders.complaint(folder, error, f"cannot read {folder}: {folders.reason(error)}") from None
+        raise folders.complaint(folder, error, f"cannot read {folder}") from None
     if not steps:
         raise UserError(f"no checkpoint in {folder}; train that run first")
     if step is not None and step not in steps:
@@ -225,7 +226,7 @@ def _unreachable(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, folders.failures()) and not isinstance(error, FileNotFoundError | FileExistsError):
             return True
-        if UNREACHABLE.search(str(error)):
+        if UNREACHABLE.search(NAMES.sub("", str(error))):
             return True
         error = error.__cause__ or error.__context__
     return False

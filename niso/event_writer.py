@@ -30,7 +30,7 @@ from tensorboard.summary.writer.record_writer import RecordWriter
 from tensorboard.util.tensor_util import make_tensor_proto
 
 from niso.errors import UserError
-from niso.run_files import COPY, METRICS_FILE
+from niso.run_files import COPIED, METRICS_FILE
 
 
 def _summary_writer(logdir: str) -> "EventWriter":
@@ -87,7 +87,7 @@ class AppendFile:
         """Raises the first failure, if there was one, as a UserError that names the file."""
         if self.error is not None:
             reason = self.error.strerror or str(self.error)
-            remedy = "set TMPDIR to another folder" if self.path.parent.name.startswith(COPY) else "choose another workdir"
+            remedy = "set TMPDIR to another folder" if (self.path.parent / COPIED).exists() else "choose another workdir"
             raise UserError(f"cannot write {self.path}: {reason}. Free space or {remedy}, then resume.")
 
 

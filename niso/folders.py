@@ -11,6 +11,7 @@ import logging
 import os
 import pathlib
 import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
 from niso.errors import LostError, UserError
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gcsfs import GCSFileSystem
 
 BUCKET = "gs://"
+SILENCE = 30.0  # seconds without a byte from a bucket, after which gcsfs asks again, five times
 INSTALL = 'pip install -e ".[gcs]"'
 
 
@@ -41,14 +43,16 @@ def named(path: str | os.PathLike[str], what: str = "the folder") -> pathlib.Pat
     if not text.removeprefix(BUCKET).strip("/"):
         raise UserError(f"{what} {text} names no bucket: write gs://BUCKET/FOLDER")
     try:
+        import aiohttp
         import fsspec.config
         import gcsfs  # noqa: F401 (what fsspec reads buckets with)
         from etils import epath
     except ImportError:
         raise UserError(f"{what} {text} is in a bucket, and the packages for these are not installed: {INSTALL}") from None
-    for library in ("gcsfs", "google.auth"):
+    for library in ("fsspec", "gcsfs", "google.auth"):
         logging.getLogger(library).setLevel(logging.CRITICAL)  # they log, with tracebacks, what they raise
-    fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", 60)  # seconds; else a bucket may stay silent for long
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=SILENCE, sock_read=SILENCE)
+    fsspec.config.conf.setdefault("gcs", {}).setdefault("requests_timeout", silence)
     return cast(pathlib.Path, epath.Path(text.rstrip("/")))
 
 
@@ -125,21 +129,32 @@ def reason(error: BaseException) -> str:
 
 
 def passing(path: str | os.PathLike[str], error: BaseException) -> bool:
-    """Whether one of `failures` at a folder or file is an outage, after which the same may succeed: of a bucket, but where there
-    is no such thing, or no permission."""
+    """Whether one of `failures` at a folder or file is an outage, after which the same may succeed: of a bucket, or of who gives
+    out credentials, but where there is no such thing, or no permission."""
     if not remote(path) or isinstance(error, FileNotFoundError):
         return False
-    return getattr(error, "code", None) not in (401, 403, "401", "403") and not str(error).startswith("Forbidden")
+    return getattr(error, "code", None) not in (403, "403") and not str(error).startswith("Forbidden")
 
 
-def complaint(path: str | os.PathLike[str], error: BaseException, text: str) -> UserError:
-    """The error to be raised for one of `failures`: after an outage one that has launchers start again."""
-    return LostError(text) if passing(path, error) else UserError(text)
+def complaint(path: str | os.PathLike[str], error: BaseException, text: str, remedy: str = "") -> UserError:
+    """The error to be raised for one of `failures`, with its reason: after an outage one that has launchers start again."""
+    text = f"{text}: {reason(error)}"
+    if passing(path, error):
+        return LostError(f"{text}; run the same command again")
+    return UserError(f"{text}; {remedy}" if remedy else text)
 
 
-def upload(source: pathlib.Path, target: pathlib.Path) -> None:
-    """Copies a file of this machine into a bucket, where it appears whole or not at all. Raises what `failures` lists."""
-    _buckets().put_file(os.fspath(source), os.fspath(target))
+def upload(source: pathlib.Path, target: pathlib.Path, moved: Callable[[], object] = bool) -> None:
+    """Copies a file of this machine into a bucket, where it appears whole or not at all. Raises what `failures` lists.
+
+    Args:
+      moved: called when some megabytes more are there, and at the end.
+    """
+    from fsspec.callbacks import Callback
+
+    told = Callback(hooks={"moved": lambda *_, **__: moved()})
+    _buckets().put_file(os.fspath(source), os.fspath(target), callback=told)
+    moved()
 
 
 def download(source: pathlib.Path, target: pathlib.Path) -> None:

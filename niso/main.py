@@ -28,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     0: done, 1: something was lost, so that starting again may help, 2: a user's mistake, 42: preempted.
     """
     logging.set_verbosity(logging.FATAL)  # whatever stops a run is raised; the libraries would log it too, with tracebacks
+    alone = argv is None and not sys.flags.interactive and sys.gettrace() is None  # nobody goes on with this process
     if "help" not in flags.FLAGS:
         app.define_help_flags()
     try:
@@ -49,11 +50,11 @@ def main(argv: list[str] | None = None) -> int:
             return code
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr, flush=True)
-        if argv is None:
+        if alone:
             peers.end_late(error.code)
         return error.code
     except BaseException:
-        if argv is None:
+        if alone:
             peers.end_late(peers.AGAIN)
         raise
 

@@ -18,10 +18,10 @@ from collections.abc import Callable, Sequence
 
 from niso import folders
 from niso.errors import LostError, UserError
-from niso.run_files import COPY
+from niso.run_files import COPIED
 
 EVERY = 30.0  # seconds between two copies for those who watch
-LONGEST = 180.0  # seconds for one copy; fsspec itself tries for half a minute
+LONGEST = 300.0  # seconds without progress; gcsfs itself gives up before that where a bucket says nothing
 
 
 class Mirror:
@@ -35,7 +35,7 @@ class Mirror:
       folder: where to write: `workdir` itself where that is of a file system, and nothing is copied.
 
     Raises:
-      LostError: from the constructor and any method but `close`, where the bucket cannot be read or written, or does not answer.
+      LostError: from the constructor and `push`, where the bucket cannot be read or written, or does not answer.
       UserError: from the constructor, where no folder can be made among the temporary files.
     """
 
@@ -44,15 +44,14 @@ class Mirror:
         self._remote = folders.remote(self._target)
         self.folder = self._target
         self._seen: dict[pathlib.Path, tuple[int, int]] = {}
-        self._copying: concurrent.futures.Future[None] | None = None
+        self._copying = concurrent.futures.Future[None]()
+        self._copying.set_result(None)
         self._failed: LostError | None = None
         if not self._remote:
             return
         fetched = {name: content for name in resumed if (content := self._fetch(name)) is not None}
         try:
-            self.folder, self._lock = _folder()
-            for name, content in fetched.items():
-                (self.folder / name).write_bytes(content)
+            self.folder, self._lock = _folder(fetched)
         except OSError as error:
             reason = f"no folder for what is copied to {self._target} ({error.strerror})"
             raise UserError(f"{reason}: set TMPDIR to a folder with space for the run's logs") from None
@@ -69,23 +68,24 @@ class Mirror:
         """Copies what has changed, and returns once it is in the bucket; after a copy that failed none is tried again."""
         if not self._remote:
             return
+        if self._failed:
+            raise self._failed
         try:
-            self._wait()
+            self._settled()
             self._begin()
-            self._wait()
+            self._settled().result()
         except LostError as error:
             self._failed = error
             raise
 
     def push_now_and_then(self) -> None:
-        """The same in the background, where the last copy is EVERY seconds old; raises what an earlier one met."""
+        """The same in the background, where the last copy is EVERY seconds old; one that fails is left to the next."""
         if self._clock() - self._pushed >= EVERY:
             self.push_soon()
 
     def push_soon(self) -> None:
         """The same, at once."""
-        if self._remote and (self._copying is None or self._copying.done()):
-            self._wait()
+        if self._remote and self._copying.done() and not self._failed:
             self._begin()
 
     def close(self) -> None:
@@ -97,6 +97,7 @@ class Mirror:
     def _begin(self) -> None:
         """Begins to copy, in a thread that does not hold the end of the program."""
         self._pushed = self._clock()
+        self._move()
         copying = self._copying = concurrent.futures.Future[None]()
 
         def run() -> None:
@@ -108,16 +109,18 @@ class Mirror:
 
         threading.Thread(target=run, name="niso-mirror", daemon=True).start()
 
-    def _wait(self) -> None:
-        """For the copy that is under way."""
-        if self._failed:
-            raise self._failed
-        if self._copying:
-            try:
-                self._copying.result(LONGEST)
-            except concurrent.futures.TimeoutError:
+    def _settled(self) -> "concurrent.futures.Future[None]":
+        """The copy that was under way, come to its end."""
+        while not self._copying.done():
+            patience = self._moved + LONGEST - time.monotonic()
+            if patience <= 0:
                 told = f"{self._target} has not answered for {LONGEST:.0f} s; run the same command again to resume"
-                raise LostError(told) from None
+                raise LostError(told)
+            concurrent.futures.wait((self._copying,), patience)
+        return self._copying
+
+    def _move(self) -> None:
+        self._moved = time.monotonic()
 
     def _copy(self) -> None:
         for path in sorted(self.folder.rglob("*")):
@@ -125,9 +128,9 @@ class Mirror:
             try:
                 found = path.stat()
                 state = found.st_size, found.st_mtime_ns
-                if not path.is_file() or self._seen.get(path) == state:
+                if path.name == COPIED or not path.is_file() or self._seen.get(path) == state:
                     continue
-                folders.upload(path, target)
+                folders.upload(path, target, self._move)
             except folders.failures() as error:
                 if not path.exists():  # it has become another, as files do that are replaced
                     continue
@@ -135,28 +138,35 @@ class Mirror:
             self._seen[path] = state  # as it was before: what has come since is for the next time
 
 
-def _folder() -> tuple[pathlib.Path, int]:
-    """A new folder among the temporary files, and the descriptor that locks it as long as this process lives. Folders that nobody
-    locks are removed first."""
-    for left in pathlib.Path(tempfile.gettempdir()).glob(f"{COPY}*"):
-        with contextlib.suppress(OSError):  # another's, or in use
-            lock = _locked(left)
-            shutil.rmtree(left, ignore_errors=True)
-            os.close(lock)
-    while True:
-        folder = pathlib.Path(tempfile.mkdtemp(prefix=COPY))
-        with contextlib.suppress(OSError):  # another process has taken it for one that is left
-            lock = _locked(folder)
-            if folder.exists():
-                return folder, lock
-            os.close(lock)
+def _folder(files: dict[str, bytes]) -> tuple[pathlib.Path, int]:
+    """A new folder among the temporary files with these in it, and the descriptor that locks it as long as this process lives.
 
-
-def _locked(folder: pathlib.Path) -> int:
-    lock = os.open(folder, os.O_RDONLY)
+    Those of niso that nobody locks are removed first; where files cannot be locked none is.
+    """
+    for mark in pathlib.Path(tempfile.gettempdir()).glob(f"niso-run-*/{COPIED}"):
+        with contextlib.suppress(OSError):
+            _remove_left(mark)
+    folder = pathlib.Path(tempfile.mkdtemp(prefix="niso-run-"))
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        for name, content in files.items():
+            (folder / name).write_bytes(content)
+        new = folder / f"{COPIED}-new"  # nobody looks for that before it is locked
+        lock = os.open(new, os.O_RDWR | os.O_CREAT, 0o600)
+        with contextlib.suppress(OSError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.rename(folder / COPIED)
     except OSError:
-        os.close(lock)
+        shutil.rmtree(folder, ignore_errors=True)
         raise
-    return lock
+    return folder, lock
+
+
+def _remove_left(mark: pathlib.Path) -> None:
+    """Removes the folder of a process that is gone, by its marked file; raises OSError where it is not, or another user's."""
+    lock = os.open(mark, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK)
+    try:
+        if os.fstat(lock).st_uid == os.getuid():
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(mark.parent, ignore_errors=True)
+    finally:
+        os.close(lock)

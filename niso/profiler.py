@@ -68,8 +68,8 @@ class Profiler:
         newest = max(traces, key=lambda trace: trace.stat().st_mtime_ns, default=self._folder / FOLDER)
         where = self._workdir / newest.relative_to(self._folder)
         assert self._begun is not None
-        self._say(f"profile of steps {self._begun + 1} to {self._step} in {where}: tensorboard --logdir {self._workdir}")
-        self._begun = None
+        begun, self._begun = self._begun, None
+        self._say(f"profile of steps {begun + 1} to {self._step} in {where}: tensorboard --logdir {self._workdir}")
 
     def _ask(self, signum: int, frame: FrameType | None) -> None:
         self._asked = True

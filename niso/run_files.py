@@ -12,7 +12,7 @@ CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 HOURS_FILE = "hours.jsonl"  # beside metrics.jsonl, which holds what a rerun reproduces
 HOURS = "time/device_hours"
-COPY = "niso-run-"  # begins the names of folders among the temporary files, from which a run's are copied into a bucket
+COPIED = ".niso-copied"  # a file in a folder of this machine whose files are copied into a bucket's
 EVALUATIONS = ("eval", "trajectories")
 
 
@@ -136,4 +136,4 @@ def _bytes(path: Path) -> bytes | None:
     except FileNotFoundError:
         return None
     except folders.failures() as error:
-        raise folders.complaint(path, error, f"cannot read {path}: {folders.reason(error)}") from None
+        raise folders.complaint(path, error, f"cannot read {path}") from None

@@ -3,7 +3,9 @@
 Against an emulator on this machine; no bucket of the real thing was at hand.
 """
 
+import concurrent.futures
 import contextlib
+import fcntl
 import os
 import pathlib
 import signal
@@ -17,6 +19,8 @@ from collections.abc import Callable, Iterator
 import fsspec
 import numpy as np
 import pytest
+import requests
+from gcsfs.retry import HttpError
 
 import niso
 from launch import newest
@@ -130,7 +134,7 @@ def test_two_processes(records_url: str, bucket_url: str, tmp_path: pathlib.Path
 
 
 def test_a_damaged_checkpoint_is_set_aside(finished: str, records_url: str, bucket_url: str, tmp_path: pathlib.Path) -> None:
-    url = f"{bucket_url}/damaged"
+    url = f"{bucket_url}/damaged-ABORTED"  # a word of outages
     bucket().cp(finished, url, recursive=True)
     bucket().rm(f"{url}/checkpoints/16", recursive=True)
     last = whole(url)[-1]
@@ -163,7 +167,38 @@ def test_an_outage_is_no_damage(part: str, finished: str, records_url: str, buck
     fault(f"403 outage-{part}/checkpoints/{last}/{part}/")
     ended = runs.run(url, data__records=records_url)
     assert ended.code == 1 and f"niso: cannot read the checkpoint {url}/checkpoints/{last} (" in ended.err, ended
+    assert "Traceback" not in ended.err
     assert sorted(bucket().find(url)) == before
+
+
+def test_an_outage_while_damage_is_set_aside(
+    finished: str, records_url: str, bucket_url: str, fault: Callable[[str], None]
+) -> None:
+    """Launchers start again; so they do after any answer of a bucket but that there is no permission."""
+    url = f"{bucket_url}/aside"
+    bucket().cp(finished, url, recursive=True)
+    bucket().rm(f"{url}/checkpoints/16", recursive=True)
+    last = whole(url)[-1]
+    bucket().pipe_file(f"{url}/checkpoints/{last}/meta/metadata", b"")
+    fault(f"400 aside/{UNREADABLE}")
+    ended = runs.run(url, data__records=records_url)
+    assert ended.code == 1, ended
+    told = f"niso: cannot move {url}/checkpoints/{last} to {url}/{UNREADABLE}: "
+    assert told in ended.err and ended.err.endswith("; run the same command again\n") and "Traceback" not in ended.err, ended
+
+
+def test_reasons() -> None:
+    """As gcsfs raises them."""
+    assert folders.reason(requests.exceptions.ProxyError()) == "ProxyError"  # for 502
+    assert folders.reason(fsspec.exceptions.FSTimeoutError()) == "no answer"
+    assert folders.reason(OSError("Forbidden: path\nwords")) == "Forbidden: path words"
+    for error, passing in ((HttpError({"code": 401}), True), (HttpError({"code": 403}), False), (HttpError({"code": 503}), True)):
+        assert folders.passing("gs://bucket/it", error) == passing
+    for words, outage in (
+        ("UNAVAILABLE: Error reading", True), ("Error reading \"gs://b/ABORTED/x\": it is short", False),
+        ("at gs://b/ABORTED: it is short", False), ("HTTP response code: 400 with body", True), ("HTTP response code: 404", False),
+    ):  # fmt: skip
+        assert checkpoint_files._unreachable(ValueError(words)) == outage, words
 
 
 def test_what_cannot_be_read_is_one_line(finished: str, shard: Shard, fault: Callable[[str], None]) -> None:
@@ -250,7 +285,7 @@ def test_a_bucket_that_cannot_be_reached_damages_nothing(shard: Shard) -> None:
 def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now, url, copied = [0.0], f"{bucket_url}/mirror", []
     upload = folders.upload
-    monkeypatch.setattr(folders, "upload", lambda a, b: (copied.append(a.name), upload(a, b)))
+    monkeypatch.setattr(folders, "upload", lambda a, *b: (copied.append(a.name), upload(a, *b)))
     bucket().pipe_file(f"{url}/old", b"before\n")
     kept = Mirror(url, ("old", "none"), clock=lambda: now[0])
     assert (kept.folder / "old").read_bytes() == b"before\n" and not (kept.folder / "none").exists()
@@ -267,6 +302,14 @@ def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest
     kept.push()
     assert copied[2:] == ["old"] and bucket().cat_file(f"{url}/old") == b"before\nafter\n"
     (kept.folder / "new").write_bytes(b"1")
+    now[0] += mirror.EVERY
+    with monkeypatch.context() as outage:  # which a checkpoint may never meet
+        outage.setattr(folders, "upload", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
+        kept.push_now_and_then()
+        concurrent.futures.wait((kept._copying,))
+    kept.push()
+    assert bucket().cat_file(f"{url}/new") == b"1"
+    (kept.folder / "new").write_bytes(b"12")
     monkeypatch.setattr(folders, "upload", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left")))
     with pytest.raises(LostError, match=f"cannot write {url}/new: No space left; run the same command again to resume"):
         kept.push()
@@ -276,16 +319,28 @@ def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest
 
 def test_a_bucket_that_says_nothing_ends_the_run(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Once, and without holding the end of the program."""
-    monkeypatch.setattr(mirror, "LONGEST", 0.2)
+    monkeypatch.setattr(mirror, "LONGEST", 0.3)
     asked: list[str] = []
     silent = threading.Event()
-    monkeypatch.setattr(folders, "upload", lambda a, _: (asked.append(a.name), silent.wait(20)))
+
+    def upload(source: pathlib.Path, _: object, moved: Callable[[], None]) -> None:
+        asked.append(source.name)
+        if source.name == "slow":
+            for _ in range(5):  # longer in all, but not without progress
+                time.sleep(0.1)
+                moved()
+        else:
+            silent.wait(20)
+
+    monkeypatch.setattr(folders, "upload", upload)
     kept = Mirror(f"{bucket_url}/silent", ())
+    (kept.folder / "slow").write_bytes(b"1")
+    kept.push()
     (kept.folder / "log").write_bytes(b"1")
     for _ in range(2):
         with pytest.raises(LostError, match=r"has not answered for 0 s; run the same command again to resume"):
             kept.push()
-    assert asked == ["log"]
+    assert asked == ["slow", "log"]
     kept.close()
     silent.set()
 
@@ -316,15 +371,22 @@ def test_folders_that_are_left_go(bucket_url: str, tmp_path: pathlib.Path, monke
     """Those of processes that were killed; not those of others that run."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     first = Mirror(f"{bucket_url}/one", ())
+    mine = {tmp_path / "niso-run-of-mine", tmp_path / "niso-run-fifo"}
+    (tmp_path / "niso-run-of-mine/checkpoints").mkdir(parents=True)
+    os.mkfifo(tmp_path / "niso-run-fifo")
     program = f"import os; from niso.mirror import Mirror; Mirror('{bucket_url}/two', ()); os._exit(0)"
     environment = os.environ | {"TMPDIR": str(tmp_path)}
     subprocess.run([sys.executable, "-c", program], cwd=runs.REPOSITORY, env=environment, check=True)
-    assert len(list(tmp_path.iterdir())) == 2
+    assert len(list(tmp_path.iterdir())) == len(mine) + 2
     second = Mirror(f"{bucket_url}/three", ())
-    assert set(tmp_path.iterdir()) == {first.folder, second.folder}
-    for one in (first, second):
+    assert set(tmp_path.iterdir()) == {first.folder, second.folder} | mine
+    assert not bucket().exists(f"{bucket_url}/one/{run_files.COPIED}")
+    monkeypatch.setattr(fcntl, "flock", lambda *_: (_ for _ in ()).throw(OSError(37, "No locks available")))
+    third = Mirror(f"{bucket_url}/four", ())  # no lock: nothing is taken for left
+    assert set(tmp_path.iterdir()) == {first.folder, second.folder, third.folder} | mine
+    for one in (first, second, third):
         one.close()
-    assert not list(tmp_path.iterdir())
+    assert set(tmp_path.iterdir()) == mine
 
 
 def test_a_disk_without_space_for_the_copy(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,6 +55,10 @@ def test_restart_goes_on_after_preemption(tmp_path) -> None:
     assert ended.err.count("asked to leave and is saved") == 2
 
 
+def test_restart_needs_no_home() -> None:
+    assert runs.end(shell("env", "-u", "HOME", "launch/restart.sh", "true", "--workdir=~/run")).code == 0
+
+
 def test_restart_stops_at_a_mistake(tmp_path) -> None:
     ended, starts = restart(tmp_path, ["2", "0"])
     assert (ended.code, ended.err, starts) == (2, "", 1)

@@ -49,6 +49,6 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     try:
         return json.loads(folders.named(path).read_bytes())
     except folders.failures() as error:
-        raise folders.complaint(path, error, f"cannot read {path}: {folders.reason(error)}") from error
+        raise folders.complaint(path, error, f"cannot read {path}") from error
     except ValueError as error:
         raise UserError(f"{path} is not valid JSON ({error}); {REPAIR}") from error

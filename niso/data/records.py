@@ -156,7 +156,7 @@ class Manifest:
         try:
             missing = folders.kind(path) != "file"
         except folders.failures() as error:
-            raise folders.complaint(path, error, f"cannot read {path}: {folders.reason(error)}") from error
+            raise folders.complaint(path, error, f"cannot read {path}") from error
         if missing:
             raise UserError(f"no finished records in {root} (no manifest.json); {_MAKE} {root}")
         value = read_json(path)
