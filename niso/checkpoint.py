@@ -28,7 +28,8 @@ from niso.errors import LostError, UserError
 from niso.step import Program, TrainState
 
 UNREADABLE = "unreadable_checkpoints"  # beside the folder of the others
-LONGEST = 20.0  # seconds for what is being written, where an error is on its way
+# Seconds for what is being written, where an error is on its way: by several processes, or by one into a bucket.
+LONGEST, LONGEST_REMOTE = 20.0, 60.0
 T = TypeVar("T")
 
 
@@ -118,13 +119,15 @@ class Checkpoints:
 
         Args:
           failed: the run ends by an error. Then one of several processes waits a while only: what it writes may in turn wait for
-            others, which know nothing of the error before this one has left. Folders made here, and still empty, are removed.
+            others, which know nothing of the error before this one has left; and so does one that writes into a bucket, which may
+            say nothing any more. Folders made here, and still empty, are removed.
         """
         try:
-            if failed and jax.process_count() > 1:
+            remote = folders.remote(self.folder)
+            if failed and (jax.process_count() > 1 or remote):
                 closing = threading.Thread(target=self._close_quietly, name="closing checkpoints", daemon=True)
                 closing.start()
-                closing.join(LONGEST)
+                closing.join(LONGEST_REMOTE if remote and jax.process_count() == 1 else LONGEST)
                 return
             try:
                 self.manager.wait_until_finished()

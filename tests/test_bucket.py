@@ -24,8 +24,8 @@ from gcsfs.retry import HttpError
 
 import niso
 from launch import newest
-from niso import checkpoint_files, event_writer, folders, mirror, run_files
-from niso.checkpoint import UNREADABLE
+from niso import checkpoint, checkpoint_files, event_writer, folders, mirror, run_files
+from niso.checkpoint import UNREADABLE, Checkpoints
 from niso.data import records
 from niso.data.schemas import FRAME
 from niso.errors import LostError, RecordError, UserError
@@ -342,6 +342,18 @@ def test_a_bucket_that_says_nothing_ends_the_run(bucket_url: str, monkeypatch: p
             kept.push()
     assert asked == ["slow", "log"]
     kept.close()
+    silent.set()
+
+
+def test_an_error_does_not_wait_for_a_bucket_that_says_nothing(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what is being written; where there is no error the run does."""
+    monkeypatch.setattr(checkpoint, "LONGEST_REMOTE", 0.2)
+    checkpoints = Checkpoints(f"{bucket_url}/failing", keep=1)
+    silent, close = threading.Event(), checkpoints.manager.close
+    monkeypatch.setattr(checkpoints.manager, "close", lambda: (silent.wait(20), close()))
+    begun = time.monotonic()
+    checkpoints.close(failed=True)
+    assert time.monotonic() - begun < 5
     silent.set()
 
 
