@@ -123,15 +123,16 @@ class Mirror:
         self._moved = time.monotonic()
 
     def _copy(self) -> None:
-        for path in sorted(self.folder.rglob("*")):
+        below = os.walk(self.folder)  # it does not mind what goes meanwhile
+        for path in sorted(pathlib.Path(folder, name) for folder, _, names in below for name in names if name != COPIED):
             target = self._target / path.relative_to(self.folder).as_posix()
             try:
                 found = path.stat()
                 state = found.st_size, found.st_mtime_ns
-                if path.name == COPIED or not path.is_file() or self._seen.get(path) == state:
+                if self._seen.get(path) == state:
                     continue
                 folders.upload(path, target, self._move)
-            except folders.failures() as error:
+            except folders.failures(ValueError, RuntimeError) as error:  # those, of some answers of a bucket
                 if not path.exists():  # it has become another, as files do that are replaced
                     continue
                 raise LostError(f"cannot write {target}: {folders.reason(error)}; run the same command again to resume") from None
