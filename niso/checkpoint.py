@@ -29,7 +29,7 @@ from niso.step import Program, TrainState
 
 UNREADABLE = "unreadable_checkpoints"  # beside the folder of the others
 # Seconds for what is being written, where an error is on its way: by several processes, or by one into a bucket.
-LONGEST, LONGEST_REMOTE = 20.0, 60.0
+LONGEST, LONGEST_REMOTE = 20.0, 300.0
 T = TypeVar("T")
 
 
@@ -46,6 +46,7 @@ class Checkpoints:
     def __init__(self, workdir: str, keep: int, *, for_good: bool = False):
         self.folder = folders.absolute(folders.named(workdir, "workdir")) / FOLDER
         self._made: list[Path] = []
+        self._saving: int | None = None
         try:
             self._open_folder()
             options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
@@ -100,6 +101,7 @@ class Checkpoints:
 
     def save(self, step: int, state: TrainState, resolved: dict[str, Any]) -> None:
         """Starts writing the state after `step` updates; returns once it is copied from the devices."""
+        self._saving = step
         meta = checkpoint_files.write_meta(resolved, __version__, state)
         try:
             self.manager.save(
@@ -127,7 +129,11 @@ class Checkpoints:
             if failed and (jax.process_count() > 1 or remote):
                 closing = threading.Thread(target=self._close_quietly, name="closing checkpoints", daemon=True)
                 closing.start()
-                closing.join(LONGEST_REMOTE if remote and jax.process_count() == 1 else LONGEST)
+                longest = LONGEST_REMOTE if remote and jax.process_count() == 1 else LONGEST
+                closing.join(longest)
+                if closing.is_alive() and self._saving is not None and jax.process_index() == 0:
+                    told = f"checkpoint {self._saving} was still being written {longest:.0f} s after the error, and may be lost"
+                    print(f"niso: {told}", file=sys.stderr, flush=True)
                 return
             try:
                 self.manager.wait_until_finished()

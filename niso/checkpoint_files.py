@@ -32,7 +32,7 @@ FOLDER = "checkpoints"
 Shapes = dict[str, tuple[int, ...]]  # by path
 LOST = "lost: "  # what processes tell each other of a bucket that cannot be asked
 UNREACHABLE = re.compile(
-    r"UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CURL error|"
+    r"UNAVAILABLE|PERMISSION_DENIED|DEADLINE_EXCEEDED|UNAUTHENTICATED|RESOURCE_EXHAUSTED|ABORTED|CURL error|Bad Request: |"
     r"HTTP response code: (?!404|412|416)[45]\d\d"  # those: there is no such object, or not with so many bytes
 )
 NAMES = re.compile(r'"[^"]*"|\w+://\S+')  # in which such words may stand too

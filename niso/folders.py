@@ -5,12 +5,15 @@ by orbax; what grows line by line is written to a folder of this machine and cop
 fsspec's paths, whose objects have the methods of pathlib's, and here what those lack.
 """
 
+import concurrent.futures
 import contextlib
 import errno
 import logging
 import os
 import pathlib
 import sys
+import threading
+import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal, cast
 
@@ -20,7 +23,10 @@ if TYPE_CHECKING:
     from gcsfs import GCSFileSystem
 
 BUCKET = "gs://"
-SILENCE = 30.0  # seconds without a byte from a bucket, after which gcsfs asks again, five times
+SILENCE = 30.0  # seconds without a byte from a bucket that was asked, after which gcsfs asks again, five times
+LONGEST = 300.0  # seconds in which none of some megabytes that are sent arrives
+ANONYMOUS = "Anonymous caller"  # as buckets call whoever has no credentials
+LOGIN = "log in with gcloud auth application-default login, or give the machine an account that may"
 INSTALL = 'pip install -e ".[gcs]"'
 
 
@@ -129,9 +135,9 @@ def reason(error: BaseException) -> str:
 
 
 def passing(path: str | os.PathLike[str], error: BaseException) -> bool:
-    """Whether one of `failures` at a folder or file is an outage, after which the same may succeed: of a bucket, or of who gives
-    out credentials, but where there is no such thing, or no permission."""
-    if not remote(path) or isinstance(error, FileNotFoundError):
+    """Whether one of `failures` at a folder or file is an outage, after which the same may succeed: of a bucket, or of who renews
+    credentials, but where there is no such thing, no permission, or nobody has logged in."""
+    if not remote(path) or isinstance(error, FileNotFoundError) or ANONYMOUS in str(error):
         return False
     return getattr(error, "code", None) not in (403, "403") and not str(error).startswith("Forbidden")
 
@@ -141,20 +147,46 @@ def complaint(path: str | os.PathLike[str], error: BaseException, text: str, rem
     text = f"{text}: {reason(error)}"
     if passing(path, error):
         return LostError(f"{text}; run the same command again")
+    remedy = LOGIN if ANONYMOUS in str(error) else remedy
     return UserError(f"{text}; {remedy}" if remedy else text)
 
 
-def upload(source: pathlib.Path, target: pathlib.Path, moved: Callable[[], object] = bool) -> None:
+def upload(source: pathlib.Path, target: pathlib.Path) -> None:
     """Copies a file of this machine into a bucket, where it appears whole or not at all. Raises what `failures` lists.
 
-    Args:
-      moved: called when some megabytes more are there, and at the end.
+    Also where the bucket takes no more for LONGEST seconds: gcsfs would wait as long as there is a connection.
     """
     from fsspec.callbacks import Callback
 
-    told = Callback(hooks={"moved": lambda *_, **__: moved()})
-    _buckets().put_file(os.fspath(source), os.fspath(target), callback=told)
-    moved()
+    moved = time.monotonic()
+
+    def move(*_: object, **__: object) -> None:
+        nonlocal moved
+        moved = time.monotonic()
+
+    told = Callback(hooks={"moved": move})
+    copying = begun(lambda: _buckets().put_file(os.fspath(source), os.fspath(target), callback=told))
+    while not copying.done():
+        patience = moved + LONGEST - time.monotonic()
+        if patience <= 0:
+            raise TimeoutError
+        concurrent.futures.wait((copying,), patience)
+    copying.result()
+
+
+def begun(call: Callable[[], object]) -> "concurrent.futures.Future[None]":
+    """A call under way in a thread that does not hold the end of the program."""
+    found = concurrent.futures.Future[None]()
+
+    def run() -> None:
+        try:
+            call()
+            found.set_result(None)
+        except BaseException as error:
+            found.set_exception(error)
+
+    threading.Thread(target=run, name="niso-folders", daemon=True).start()
+    return found
 
 
 def download(source: pathlib.Path, target: pathlib.Path) -> None:

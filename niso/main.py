@@ -1,6 +1,7 @@
 """python -m niso.main --config=configs/pose_encode.py:quick"""
 
 import sys
+from typing import NoReturn
 
 from absl import app, flags, logging
 
@@ -28,7 +29,6 @@ def main(argv: list[str] | None = None) -> int:
     0: done, 1: something was lost, so that starting again may help, 2: a user's mistake, 42: preempted.
     """
     logging.set_verbosity(logging.FATAL)  # whatever stops a run is raised; the libraries would log it too, with tracebacks
-    alone = argv is None and not sys.flags.interactive and sys.gettrace() is None  # nobody goes on with this process
     if "help" not in flags.FLAGS:
         app.define_help_flags()
     try:
@@ -50,14 +50,20 @@ def main(argv: list[str] | None = None) -> int:
             return code
     except UserError as error:
         print(f"niso: {error}", file=sys.stderr, flush=True)
-        if alone:
-            peers.end_late(error.code)
         return error.code
-    except BaseException:
-        if alone:
-            peers.end_late(peers.AGAIN)
-        raise
+
+
+def program() -> NoReturn:
+    """`main`, and then the end of the process: after an error soon, whatever its threads wait for."""
+    debugged = sys.flags.interactive or "pdb" in sys.orig_argv  # somebody goes on with it
+    code = peers.AGAIN
+    try:
+        code = main()
+    finally:
+        if code not in (0, train.PREEMPTED) and not debugged:
+            peers.end_late(code)
+    sys.exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

@@ -12,7 +12,6 @@ import os
 import pathlib
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Sequence
 
@@ -21,7 +20,6 @@ from niso.errors import LostError, UserError
 from niso.run_files import COPIED
 
 EVERY = 30.0  # seconds between two copies for those who watch
-LONGEST = 300.0  # seconds without progress; gcsfs itself gives up before that where a bucket says nothing
 
 
 class Mirror:
@@ -71,9 +69,9 @@ class Mirror:
         if self._failed:
             raise self._failed
         try:
-            self._settled()
+            concurrent.futures.wait((self._copying,))
             self._begin()
-            self._settled().result()
+            self._copying.result()
         except LostError as error:
             self._failed = error
             raise
@@ -95,32 +93,8 @@ class Mirror:
             os.close(self._lock)
 
     def _begin(self) -> None:
-        """Begins to copy, in a thread that does not hold the end of the program."""
         self._pushed = self._clock()
-        self._move()
-        copying = self._copying = concurrent.futures.Future[None]()
-
-        def run() -> None:
-            try:
-                self._copy()
-                copying.set_result(None)
-            except BaseException as error:
-                copying.set_exception(error)
-
-        threading.Thread(target=run, name="niso-mirror", daemon=True).start()
-
-    def _settled(self) -> "concurrent.futures.Future[None]":
-        """The copy that was under way, come to its end."""
-        while not self._copying.done():
-            patience = self._moved + LONGEST - time.monotonic()
-            if patience <= 0:
-                told = f"{self._target} has not answered for {LONGEST:.0f} s; run the same command again to resume"
-                raise LostError(told)
-            concurrent.futures.wait((self._copying,), patience)
-        return self._copying
-
-    def _move(self) -> None:
-        self._moved = time.monotonic()
+        self._copying = folders.begun(self._copy)
 
     def _copy(self) -> None:
         below = os.walk(self.folder)  # it does not mind what goes meanwhile
@@ -131,7 +105,7 @@ class Mirror:
                 state = found.st_size, found.st_mtime_ns
                 if self._seen.get(path) == state:
                     continue
-                folders.upload(path, target, self._move)
+                folders.upload(path, target)
             except folders.failures(ValueError, RuntimeError) as error:  # those, of some answers of a bucket
                 if not path.exists():  # it has become another, as files do that are replaced
                     continue

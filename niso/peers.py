@@ -170,12 +170,11 @@ def delay_aborts() -> None:
 
     Their thread then sleeps for as many seconds as the signal has for a number, six, since the handler is the C library's `sleep`;
     one of Python's would run too late. An abort for any other reason ends the program after that, without Python's stack trace;
-    a SIGABRT from outside has it sleep, and the next one ends it.
+    a SIGABRT from outside has it sleep only: others end it.
     """
     libc = ctypes.CDLL(None)
-    install = getattr(libc, "sysv_signal", libc.signal)  # the first: once only
-    install.argtypes, install.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
-    install(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
+    libc.signal.argtypes, libc.signal.restype = (ctypes.c_int, ctypes.c_void_p), ctypes.c_void_p
+    libc.signal(signal.SIGABRT, ctypes.cast(libc.sleep, ctypes.c_void_p))
 
 
 def _exit(code: int) -> None:

@@ -108,10 +108,12 @@ def _encoder(run: Run) -> tuple[Run | None, str, list[str]]:
         return None, "", []
     wanted = next((folder for pattern, folder in sources if "encoder" in pattern), sources[0][1])
     places = [folders.named(wanted), run.folder.parent.parent / wanted]
-    try:
-        found = [place for place in places if folders.kind(place / run_files.CONFIG_FILE) == "file"]
-    except folders.failures() as error:
-        raise folders.complaint(wanted, error, f"cannot look for {wanted}") from None
+    found = []
+    for place in places:
+        try:
+            found += [place] * (folders.kind(place / run_files.CONFIG_FILE) == "file")
+        except folders.failures() as error:
+            raise folders.complaint(place, error, f"cannot look for {place}") from None
     if not found:
         return None, wanted, [f"{run.path}: its encoder {wanted} was not found; its steps and device hours are not counted"]
     other = [place for place in found[1:] if folders.resolved(place) != folders.resolved(found[0])]

@@ -10,7 +10,7 @@ from jax import Array
 
 from niso import tree
 from niso.checkpoint_files import find, parameters, replicas_of, saved_config
-from niso.errors import UserError
+from niso.errors import LostError, UserError
 from niso.step import Program
 from niso.tasks.base import Task
 
@@ -52,7 +52,8 @@ def check_sources(spec: tuple[tuple[str, str], ...]) -> list[Path]:
     try:
         return [find(run) for _, run in spec]
     except UserError as error:
-        raise UserError(f"task.warm_start: {error}") from None
+        kind = LostError if isinstance(error, LostError) else UserError
+        raise kind(f"task.warm_start: {error}") from None
 
 
 def _check_agreement(run: str, saved: dict[str, Any], task: Task) -> None:

@@ -169,7 +169,7 @@ def _keep_all_programs() -> None:
 if __name__ == "__main__":
     split = sys.argv.index("--")
     from niso import folders
-    from niso.main import main
+    from niso.main import program
 
     _keep_all_programs()
 
@@ -178,4 +178,4 @@ if __name__ == "__main__":
         kind, _, what = hook.partition("=")
         install(kind, what, folders.named(given["--workdir"]) / "checkpoints")
     sys.argv[1:] = sys.argv[split + 1 :]
-    sys.exit(main())
+    program()

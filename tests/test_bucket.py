@@ -5,6 +5,7 @@ Against an emulator on this machine; no bucket of the real thing was at hand.
 
 import concurrent.futures
 import contextlib
+import dataclasses
 import fcntl
 import os
 import pathlib
@@ -20,11 +21,12 @@ import fsspec
 import numpy as np
 import pytest
 import requests
+from fsspec.callbacks import Callback
 from gcsfs.retry import HttpError
 
 import niso
 from launch import newest
-from niso import checkpoint, checkpoint_files, event_writer, folders, mirror, run_files
+from niso import checkpoint, checkpoint_files, event_writer, folders, mirror, rows, run_files, warm_start
 from niso.checkpoint import UNREADABLE, Checkpoints
 from niso.data import records
 from niso.data.schemas import FRAME
@@ -192,11 +194,16 @@ def test_reasons() -> None:
     assert folders.reason(requests.exceptions.ProxyError()) == "ProxyError"  # for 502
     assert folders.reason(fsspec.exceptions.FSTimeoutError()) == "no answer"
     assert folders.reason(OSError("Forbidden: path\nwords")) == "Forbidden: path words"
-    for error, passing in ((HttpError({"code": 401}), True), (HttpError({"code": 403}), False), (HttpError({"code": 503}), True)):
+    anonymous = HttpError({"code": 401, "message": "Anonymous caller does not have storage.objects.get access"})
+    for error, passing in (
+        (HttpError({"code": 401}), True), (anonymous, False), (HttpError({"code": 403}), False), (HttpError({"code": 503}), True),
+    ):  # fmt: skip
         assert folders.passing("gs://bucket/it", error) == passing
+    assert str(folders.complaint("gs://bucket/it", anonymous, "cannot read it", "x")).endswith(f", 401; {folders.LOGIN}")
     for words, outage in (
         ("UNAVAILABLE: Error reading", True), ("Error reading \"gs://b/ABORTED/x\": it is short", False),
         ("at gs://b/ABORTED: it is short", False), ("HTTP response code: 400 with body", True), ("HTTP response code: 404", False),
+        ("Bad Request: path\nthe server got an invalid response", True),
     ):  # fmt: skip
         assert checkpoint_files._unreachable(ValueError(words)) == outage, words
 
@@ -210,6 +217,13 @@ def test_what_cannot_be_read_is_one_line(finished: str, shard: Shard, fault: Cal
         reader.read(name, [3])
     with pytest.raises(UserError, match=r"cannot read .*(config.json|metrics.jsonl): Forbidden"):
         run_files.read(finished)
+    with pytest.raises(LostError, match=f"task.warm_start: cannot read {finished}/checkpoints"):
+        fault("400 killed/checkpoints")
+        warm_start.check_sources(((".*", finished),))
+    fault("400 none/config.json")
+    entry = dataclasses.replace(run_files.read(finished), config={"task": {"warm_start": [[".*", f"{finished}/none"]]}})
+    with pytest.raises(LostError, match=f"cannot look for {finished}/none"):
+        rows._encoder(entry)
     fault("403 manifest")
     with pytest.raises(UserError, match=r"cannot read .*manifest.json: Forbidden"):
         records.Manifest.read(root)
@@ -285,7 +299,7 @@ def test_a_bucket_that_cannot_be_reached_damages_nothing(shard: Shard) -> None:
 def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     now, url, copied = [0.0], f"{bucket_url}/mirror", []
     upload = folders.upload
-    monkeypatch.setattr(folders, "upload", lambda a, *b: (copied.append(a.name), upload(a, *b)))
+    monkeypatch.setattr(folders, "upload", lambda a, b: (copied.append(a.name), upload(a, b)))
     bucket().pipe_file(f"{url}/old", b"before\n")
     kept = Mirror(url, ("old", "none"), clock=lambda: now[0])
     assert (kept.folder / "old").read_bytes() == b"before\n" and not (kept.folder / "none").exists()
@@ -317,43 +331,55 @@ def test_the_mirror_copies_what_has_changed(bucket_url: str, monkeypatch: pytest
     assert not kept.folder.exists()
 
 
-def test_a_bucket_that_says_nothing_ends_the_run(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once, and without holding the end of the program."""
-    monkeypatch.setattr(mirror, "LONGEST", 0.3)
-    asked: list[str] = []
-    silent = threading.Event()
+class Stalling:
+    """Takes what is called "slow" little by little, and nothing of other files."""
 
-    def upload(source: pathlib.Path, _: object, moved: Callable[[], None]) -> None:
-        asked.append(source.name)
-        if source.name == "slow":
-            for _ in range(5):  # longer in all, but not without progress
-                time.sleep(0.1)
-                moved()
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.ended = threading.Event()
+
+    def put_file(self, source: str, target: str, callback: Callback) -> None:
+        self.asked.append(os.path.basename(source))
+        if self.asked[-1] == "slow":
+            for part in range(6):
+                self.ended.wait(0.1)
+                callback.absolute_update(part)
         else:
-            silent.wait(20)
+            self.ended.wait(20)
 
-    monkeypatch.setattr(folders, "upload", upload)
+
+def test_a_bucket_that_says_nothing_ends_the_run(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once, and without holding the end of the program; one that is slow does not."""
+    there = Stalling()
     kept = Mirror(f"{bucket_url}/silent", ())
+    monkeypatch.setattr(folders, "LONGEST", 0.3)
+    monkeypatch.setattr(folders, "_buckets", lambda: there)
     (kept.folder / "slow").write_bytes(b"1")
     kept.push()
     (kept.folder / "log").write_bytes(b"1")
     for _ in range(2):
-        with pytest.raises(LostError, match=r"has not answered for 0 s; run the same command again to resume"):
+        with pytest.raises(
+            LostError, match=f"cannot write {bucket_url}/silent/log: no answer; run the same command again to resume"
+        ):
             kept.push()
-    assert asked == ["slow", "log"]
+    assert there.asked == ["slow", "log"]
     kept.close()
-    silent.set()
+    there.ended.set()
 
 
-def test_an_error_does_not_wait_for_a_bucket_that_says_nothing(bucket_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In what is being written; where there is no error the run does."""
+def test_an_error_does_not_wait_for_a_bucket_that_says_nothing(
+    bucket_url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """For long; where there is no error the run does."""
     monkeypatch.setattr(checkpoint, "LONGEST_REMOTE", 0.2)
     checkpoints = Checkpoints(f"{bucket_url}/failing", keep=1)
+    checkpoints._saving = 7
     silent, close = threading.Event(), checkpoints.manager.close
     monkeypatch.setattr(checkpoints.manager, "close", lambda: (silent.wait(20), close()))
     begun = time.monotonic()
     checkpoints.close(failed=True)
     assert time.monotonic() - begun < 5
+    assert capsys.readouterr().err == "niso: checkpoint 7 was still being written 0 s after the error, and may be lost\n"
     silent.set()
 
 

@@ -102,6 +102,14 @@ def test_an_abort_waits_for_the_watch() -> None:
         assert ends(both[:1]) == [(1, GONE.format(1, 2, HOST))]
 
 
+def test_so_do_several() -> None:
+    abort = ABORT.replace("ctypes.CDLL(None).abort()", "import threading; abort = ctypes.CDLL(None).abort")
+    with members(f"{abort}; threading.Thread(target=abort).start(); time.sleep(0.3); abort()", SLEEP) as both:
+        time.sleep(1)
+        both[1].kill()
+        assert ends(both[:1]) == [(1, GONE.format(1, 2, HOST))]
+
+
 def test_an_abort_for_another_reason_ends_the_program_later() -> None:
     with members(ABORT, SLEEP) as both:
         time.sleep(0.5)
@@ -150,7 +158,7 @@ def test_a_mistake_ends_also_what_hangs_in_a_thread() -> None:
 def test_a_mistake_ends_also_a_process_that_is_alone() -> None:
     """With a thread that waits, as orbax's do for a bucket that says nothing."""
     program = "import sys, threading, time; from niso import main, peers; peers.LATE = 1; "
-    program += "threading.Thread(target=time.sleep, args=(60,)).start(); sys.exit(main.main())"
+    program += "threading.Thread(target=time.sleep, args=(60,)).start(); main.program()"
     ended = subprocess.run([sys.executable, "-c", program], cwd=runs.REPOSITORY, capture_output=True, text=True, timeout=50)
     assert ended.returncode == 2 and ended.stderr.startswith("niso: usage"), ended
 
