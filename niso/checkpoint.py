@@ -125,15 +125,14 @@ class Checkpoints:
             say nothing any more. Folders made here, and still empty, are removed.
         """
         try:
-            remote = folders.remote(self.folder)
-            if failed and (jax.process_count() > 1 or remote):
+            if failed and (jax.process_count() > 1 or folders.remote(self.folder)):
                 closing = threading.Thread(target=self._close_quietly, name="closing checkpoints", daemon=True)
                 closing.start()
-                longest = LONGEST_REMOTE if remote and jax.process_count() == 1 else LONGEST
-                closing.join(longest)
-                if closing.is_alive() and self._saving is not None and jax.process_index() == 0:
-                    told = f"checkpoint {self._saving} was still being written {longest:.0f} s after the error, and may be lost"
-                    print(f"niso: {told}", file=sys.stderr, flush=True)
+                alone = jax.process_count() == 1
+                closing.join(LONGEST_REMOTE if alone else LONGEST)
+                if alone and closing.is_alive() and self._saving is not None:
+                    told = f"checkpoint {self._saving} was still being written {LONGEST_REMOTE:.0f} s after the error"
+                    print(f"niso: {told}, and may be lost", file=sys.stderr, flush=True)
                 return
             try:
                 self.manager.wait_until_finished()

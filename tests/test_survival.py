@@ -271,7 +271,7 @@ def test_two_processes_agree_on_what_is_damaged(tmp_path) -> None:
 @pytest.mark.parametrize("failed", [False, True])
 def test_only_a_run_that_fails_does_not_wait_for_a_checkpoint_that_waits_for_others(failed, monkeypatch, tmp_path) -> None:
     monkeypatch.setattr(checkpoint, "LONGEST", 0.1)
-    monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2, process_index=lambda: 0))
+    monkeypatch.setattr(checkpoint, "jax", SimpleNamespace(process_count=lambda: 2))
     checkpoints, others = Checkpoints(str(tmp_path), keep=1), threading.Event()
     close = checkpoints.manager.close
     monkeypatch.setattr(checkpoints.manager, "close", lambda: (others.wait(20), close()))
